@@ -1,0 +1,81 @@
+"""What every environment backend speaks: spaces, rows of a step, and a batch of environments in one process.
+
+Nothing here (nor anywhere in `fastdreamer.envs`) imports torch: worker processes must start in a moment.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+IMAGE_SIZE = 64
+"""Height and width of every image observation, in pixels (the encoder's four stride-2 convolutions expect it)."""
+
+
+@dataclass(frozen=True)
+class Spaces:
+    """Shapes of one environment's observation and action.
+
+    `image`: whether there is a uint8 image (3, 64, 64). `vector`: length V of the float32 vector, 0 for none.
+    `action`: size A of an action, which always travels as float32 (A,): one-hot where `discrete`, else in [-1, 1].
+    """
+
+    image: bool
+    vector: int
+    action: int
+    discrete: bool
+
+
+@dataclass
+class Step:
+    """One row for each of N environments: what an environment shows, and the action that led to it.
+
+    Next-step autoreset: the row after an `is_last` row is the `is_first` row of a new episode; the action sent for it
+    is ignored, its reward is 0 and its `action` is zeros. `is_terminal` (implies `is_last`) marks a true end of the
+    task; a time limit is `is_last` alone. A row is `is_first` without an `is_last` before it only where a crashed or
+    hung environment was restarted: the old episode is over there.
+    """
+
+    image: np.ndarray | None  # uint8 (N, 3, 64, 64)
+    vector: np.ndarray | None  # float32 (N, V)
+    action: np.ndarray  # float32 (N, A): the action that led to this row
+    reward: np.ndarray  # float32 (N,): the sum over the repeated frames
+    is_first: np.ndarray  # bool (N,)
+    is_last: np.ndarray  # bool (N,)
+    is_terminal: np.ndarray  # bool (N,)
+
+    @classmethod
+    def empty(cls, n: int, spaces: Spaces) -> "Step":
+        """Zeroed arrays for `n` environments."""
+        return cls(
+            image=np.zeros((n, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8) if spaces.image else None,
+            vector=np.zeros((n, spaces.vector), np.float32) if spaces.vector else None,
+            action=np.zeros((n, spaces.action), np.float32),
+            reward=np.zeros(n, np.float32),
+            is_first=np.zeros(n, bool),
+            is_last=np.zeros(n, bool),
+            is_terminal=np.zeros(n, bool),
+        )
+
+
+class BatchEnv(Protocol):
+    """`n` environments stepped together inside one process, each with a seed of its own.
+
+    Deterministic: the rows follow from the constructor's arguments and the actions alone.
+    """
+
+    spaces: Spaces
+
+    def reset(self, out: Step) -> None:
+        """Starts every environment and writes its `is_first` row. Called once, before the first `step`."""
+        ...
+
+    def step(self, action: np.ndarray, out: Step) -> None:
+        """Takes float32 (n, A), advances every environment by one decision and writes the rows."""
+        ...
+
+    def skip(self, action: np.ndarray) -> None:
+        """As `step`, but renders nothing and returns no row: how a resumed run replays past actions quickly."""
+        ...
+
+    def close(self) -> None: ...
