@@ -1,0 +1,20 @@
+"""GRU gates with one LayerNorm over all three (DreamerV3, appendix)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def gru_gates(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The next recurrent state from the gates' pre-activations.
+
+    `pre` (N, 3D): `W [u, h]`. `deter` (N, D): the state before. `weight`, `bias` (3D): of the LayerNorm that spans
+    reset, candidate and update together. Returns (N, D), in `deter`'s dtype.
+
+        reset, cand, update = split(LN(pre));  cand = tanh(sigmoid(reset) * cand)
+        update = sigmoid(update - 1);          h' = update * cand + (1 - update) * h
+    """
+    reset, cand, update = F.layer_norm(pre, pre.shape[-1:], weight, bias, eps).chunk(3, -1)
+    cand = torch.tanh(torch.sigmoid(reset) * cand)
+    update = torch.sigmoid(update - 1)
+    return update * cand + (1 - update) * deter
