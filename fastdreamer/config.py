@@ -1,7 +1,10 @@
 """Every option of a run, as frozen dataclasses; presets; the command line. Imports nothing of ours."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 
 class BadInput(Exception):
@@ -33,3 +36,336 @@ class EnvConfig:
     """Frames each action is held for; rewards are summed over them."""
     timeout: float = 60.0
     """Seconds without an answer after which an environment process counts as hung and is restarted."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths of the networks, scaled as DreamerV3's table does."""
+
+    deter: int  # D: recurrent state
+    channels: int  # of the first convolution, doubled by each of the three that follow
+    units: int  # U: hidden units
+    layers: int  # hidden layers of each MLP
+    stoch: int = 32  # S: categoricals of the latent
+    classes: int = 32  # K: classes of each
+    bins: int = 255  # of the two-hot heads
+
+
+SIZES = {
+    "tiny": Size(deter=128, channels=4, units=64, layers=1, stoch=8, classes=8, bins=63),
+    "XS": Size(deter=256, channels=24, units=256, layers=1),
+    "S": Size(deter=512, channels=32, units=512, layers=2),
+    "M": Size(deter=1024, channels=48, units=640, layers=3),
+    "L": Size(deter=2048, channels=64, units=768, layers=4),
+    "XL": Size(deter=4096, channels=96, units=1024, layers=5),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The world model's parts; `--objective` sets them together, each flag changes one."""
+
+    value_head: bool = True
+    """Predict the lambda-return of real sequences from the latent state."""
+    action_head: bool = True
+    """Predict the past action from the image embedding and the state before it."""
+    decoder: Literal["off", "detached", "attached"] = "off"
+    """Reconstruct the observation: not at all, for looking only (no gradient into the latents), or to shape them."""
+    batch_norm: Literal["posterior", "encoder", "none"] = "posterior"
+    """Where BatchNorm takes LayerNorm's place. The paper says `representation network`; `posterior` is our reading."""
+    batch_norm_momentum: float = 0.1
+    batch_norm_eps: float = 1e-3
+    beta_pred: float = 1.0
+    """Weight of the prediction losses."""
+    beta_dyn: float = 0.95
+    """Weight of the KL that trains the prior."""
+    beta_rep: float = 0.05
+    """Weight of the KL that trains the posterior."""
+    free_nats: float = 1.0
+    unimix: float = 0.01
+    """Uniform mixed into every categorical."""
+
+
+OBJECTIVES = {
+    "mudreamer": {
+        "value_head": True,
+        "action_head": True,
+        "decoder": "off",
+        "batch_norm": "posterior",
+        "beta_dyn": 0.95,
+        "beta_rep": 0.05,
+    },
+    "dreamerv3": {
+        "value_head": False,
+        "action_head": False,
+        "decoder": "attached",
+        "batch_norm": "none",
+        "beta_dyn": 0.5,
+        "beta_rep": 0.1,
+    },
+}
+
+
+@dataclass(frozen=True)
+class BehaviorConfig:
+    """Actor and critic, learned in imagination."""
+
+    horizon: int = 15
+    """Imagined steps (H)."""
+    gamma: float = 0.997
+    lam: float = 0.95
+    entropy: float = 3e-4
+    """Weight of the actor's entropy."""
+    actor_gradient: Literal["auto", "dynamics", "reinforce"] = "auto"
+    """`auto`: through the model's dynamics for continuous actions, REINFORCE for discrete ones."""
+    ema: float = 0.02
+    """Rate at which the value teacher and the slow critic follow, per update."""
+    return_decay: float = 0.99
+    """EMA of the range of imagined returns that scales advantages; the range starts at 0."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """What an update sees, and its three optimisers."""
+
+    batch_size: int = 16
+    """Sequences (B)."""
+    batch_length: int = 64
+    """Steps of each (T)."""
+    model_lr: float = 1e-4
+    model_eps: float = 1e-8
+    model_clip: float = 1000.0
+    behavior_lr: float = 3e-5
+    """Of the actor and of the critic."""
+    behavior_eps: float = 1e-5
+    behavior_clip: float = 100.0
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    replay_capacity: int = 1_000_000
+    """Steps kept."""
+    replay_device: Literal["auto", "cpu"] = "auto"
+    """`auto`: on the device that trains. `cpu`: in host memory, pinned where there is CUDA."""
+    prefill: int = 1024
+    """Decisions taken at random before the first update."""
+    train_ratio: float = 512
+    """Replayed steps for each decision after `prefill`: an update replays batch-size x batch-length."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    frames: int = 1_000_000
+    """Environment frames to train for (decisions times action repeat)."""
+    eval_every: int = 0
+    """Frames between evaluations; 0 evaluates at the end alone."""
+    eval_episodes: int = 10
+    checkpoint_every: float = 300.0
+    """Seconds between checkpoints."""
+    log_every: int = 50
+    """Updates between log lines; metrics are means over them."""
+    logdir: str = "runs"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    kernels: Literal["auto", "reference", "fused"] = "auto"
+    """Implementation of the hot operations."""
+    compile: bool = False
+    """Compile the update. Accepted; until the compiled path exists the trainer says so and runs eagerly."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that a run depends on."""
+
+    preset: Literal["demo", "dmc", "atari", "general"]
+    """Defaults for a kind of task; chosen by `--task` (or by whether there is a GPU) unless given."""
+    task: str
+    """dmc/<domain>_<task>, atari/<game>, envpool/<Id>, gym/<Id> or gym/<module>:<Id>."""
+    size: Literal["tiny", "XS", "S", "M", "L", "XL"] = "S"
+    objective: Literal["mudreamer", "dreamerv3"] = "mudreamer"
+    """Sets the heads, the norm and the KL weights together."""
+    seed: int = 0
+    env: EnvConfig = field(default_factory=EnvConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @property
+    def widths(self) -> Size:
+        return SIZES[self.size]
+
+
+PRESETS: dict[str, Config] = {
+    # Learns Catch from pixels within minutes on two cores: a tiny model, hence ten times the usual learning rates.
+    "demo": Config(
+        preset="demo",
+        task="envpool/Catch-v0",
+        size="tiny",
+        env=EnvConfig(envs=8, action_repeat=1),
+        model=ModelConfig(decoder="detached"),
+        behavior=BehaviorConfig(horizon=8, entropy=3e-3),
+        optim=OptimConfig(batch_length=10, model_lr=1e-3, behavior_lr=3e-4),
+        replay=ReplayConfig(replay_capacity=50_000, prefill=800, train_ratio=20),
+        run=RunConfig(frames=40_000, eval_episodes=100),
+    ),
+    "dmc": Config(preset="dmc", task="dmc/walker_walk"),
+    "atari": Config(
+        preset="atari",
+        task="atari/pong",
+        env=EnvConfig(envs=1, action_repeat=4),
+        replay=ReplayConfig(train_ratio=1024),
+        run=RunConfig(frames=400_000),
+    ),
+    "general": Config(preset="general", task="", env=EnvConfig(action_repeat=1)),
+}
+
+
+def choose_preset(preset: str | None, task: str | None, cuda: bool) -> tuple[str, str]:
+    """The preset's name, and the sentence that says why it was taken."""
+    if preset is not None:
+        return preset, "as --preset says"
+    if task is not None:
+        family = task.split("/")[0]
+        name = family if family in ("dmc", "atari") else "general"
+        return name, f"because --task is {task}; --preset takes another"
+    if cuda:
+        return "dmc", "because there is a CUDA device; take another with --preset demo|dmc|atari or --task"
+    return "demo", "because there is no CUDA device; take another with --preset demo|dmc|atari or --task"
+
+
+def defaults(preset: str, task: str | None = None, objective: str = "mudreamer") -> Config:
+    """The configuration of a preset with a task and an objective set, before any other flag."""
+    base = PRESETS[preset]
+    if not (task or base.task):
+        raise BadInput("--preset general has no task of its own: name one, such as --task gym/CartPole-v1.")
+    model = base.model
+    if objective != "mudreamer":
+        model = replace(model, **OBJECTIVES[objective])
+    return replace(base, task=task or base.task, objective=objective, model=model)
+
+
+@dataclass(frozen=True)
+class Command:
+    """python -m fastdreamer.train: trains a world-model agent from pixels."""
+
+    config: Config
+    resume: str | None = None
+    """Run folder to go on with; its own config.yaml gives the defaults of every other flag."""
+    dry_run: bool = False
+    """Build everything, print parameters, memory and one update's losses, and exit."""
+
+
+def parse_command(argv: Sequence[str], *, cuda: bool) -> tuple[Command, str]:
+    """Reads the command line of the trainer: the command, and the sentence that says which preset was taken and why.
+
+    `--preset`, `--task` and `--objective` set the defaults that every other flag then changes. Raises BadInput, and
+    SystemExit (code 2) for what is not an option at all.
+    """
+    import tyro
+
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, choices in (("preset", [*PRESETS]), ("task", None), ("objective", [*OBJECTIVES]), ("resume", None)):
+        scan.add_argument(f"--{name}", choices=choices)
+    given, _ = scan.parse_known_args(list(argv))
+    if given.resume is not None:
+        for name in ("preset", "objective", "task"):
+            if getattr(given, name) is not None:
+                raise BadInput(
+                    f"--{name} cannot change in a resumed run: leave it out, or start a run without --resume."
+                )
+        default, why = load_config(Path(given.resume)), f"as the run {given.resume} was started"
+    else:
+        preset, why = choose_preset(given.preset, given.task, cuda)
+        default = defaults(preset, given.task, given.objective or "mudreamer")
+    command = tyro.cli(
+        Command,
+        args=list(argv),
+        default=Command(default),
+        prog="python -m fastdreamer.train",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    check(command.config)
+    return command, f"preset {command.config.preset} ({command.config.task}, size {command.config.size}) {why}"
+
+
+def check(config: Config) -> None:
+    """Raises BadInput for options that contradict each other or are out of range."""
+    env, model, dmc = config.env, config.model, config.task.startswith("dmc/")
+    if "/" not in config.task:
+        raise BadInput(f"--task {config.task} has no family: write dmc/, atari/, envpool/ or gym/ before the name.")
+    for flag, given in (("--backend dm_control", env.backend == "dm_control"), ("--render fast", env.render == "fast")):
+        if given and not dmc:
+            raise BadInput(f"{flag} is for dmc/ tasks and --task is {config.task}: leave it out.")
+    for flag, folder in (("--background", env.background), ("--eval-background", env.eval_background)):
+        if folder is not None and (not dmc or env.obs == "vector"):
+            raise BadInput(
+                f"{flag} needs frames of a dmc/ task: use --task dmc/... with --obs pixels, or leave it out."
+            )
+    if env.background is not None and env.eval_background is None:
+        raise BadInput(
+            "--background needs --eval-background with other videos: evaluation must not see those trained on."
+        )
+    if env.background is not None and Path(env.background).resolve() == Path(env.eval_background or "").resolve():
+        raise BadInput("--eval-background is the folder of --background: name a folder of other videos.")
+    if env.obs == "vector" and env.render == "fast":
+        raise BadInput("--render fast needs frames: leave it out, or use --obs pixels.")
+    if model.batch_norm == "encoder" and env.obs == "vector":
+        raise BadInput("--batch-norm encoder is for images: use --obs pixels, or --batch-norm posterior.")
+    positive = {
+        "--envs": env.envs,
+        "--action-repeat": env.action_repeat,
+        "--timeout": env.timeout,
+        "--batch-size": config.optim.batch_size,
+        "--horizon": config.behavior.horizon,
+        "--train-ratio": config.replay.train_ratio,
+        "--frames": config.run.frames,
+        "--eval-episodes": config.run.eval_episodes,
+        "--checkpoint-every": config.run.checkpoint_every,
+        "--log-every": config.run.log_every,
+        "--model-lr": config.optim.model_lr,
+        "--behavior-lr": config.optim.behavior_lr,
+    }
+    for flag, value in positive.items():
+        if not value > 0:
+            raise BadInput(f"{flag} is {value} and must be more than 0.")
+    for flag, value in {"--workers": env.workers, "--eval-every": config.run.eval_every}.items():
+        if value < 0:
+            raise BadInput(f"{flag} is {value} and must be at least 0.")
+    for flag, value in {"--gamma": config.behavior.gamma, "--lam": config.behavior.lam, "--ema": config.behavior.ema,
+                        "--return-decay": config.behavior.return_decay, "--unimix": model.unimix,
+                        "--batch-norm-momentum": model.batch_norm_momentum}.items():  # fmt: skip
+        if not 0 <= value <= 1:
+            raise BadInput(f"{flag} is {value} and must lie between 0 and 1.")
+    length, replay = config.optim.batch_length, config.replay
+    if length < 2:
+        raise BadInput(f"--batch-length is {length} and must be at least 2: a row alone has nothing to predict.")
+    if replay.prefill < length:
+        raise BadInput(
+            f"--prefill is {replay.prefill}, less than a sequence: make it at least --batch-length ({length})."
+        )
+    if replay.replay_capacity < max(replay.prefill, env.envs):
+        raise BadInput(
+            f"--replay-capacity is {replay.replay_capacity}: make it at least --prefill ({replay.prefill}) "
+            f"and --envs ({env.envs})."
+        )
+
+
+def load_config(run: Path) -> Config:
+    """The configuration that a run folder's config.yaml records. Raises BadInput where there is none or it is broken."""
+    import yaml
+
+    path = run / "config.yaml"
+    try:
+        stored = yaml.safe_load(path.read_text())["config"]
+        return from_dict(Config, stored)
+    except FileNotFoundError:
+        raise BadInput(f"There is no run at {run}: {path} is missing; name a folder under --logdir.") from None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as a run's configuration ({error}): restore it or start anew.") from None
+
+
+def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
+    """Rebuilds a nested configuration from what `dataclasses.asdict` gave. Unknown names raise TypeError."""
+    nested = {f.name: f.type for f in fields(kind) if isinstance(f.type, type) and is_dataclass(f.type)}
+    return kind(**{k: from_dict(nested[k], v) if k in nested else v for k, v in values.items()})
