@@ -1,0 +1,123 @@
+"""The recurrent state-space model: sequence model, prior and posterior over the latent state s_t = {h_t, z_t}.
+
+Legend: B sequences, T steps, N rows, D recurrent state, S categoricals of K classes, E embedding, A action.
+"""
+
+from typing import NamedTuple
+
+import torch
+from fastdreamer_kernels.ops import Ops
+from torch import Tensor, nn
+
+from fastdreamer.config import ModelConfig, Size
+from fastdreamer.distributions import onehot_mode
+from fastdreamer.networks import NORM_EPS, LayerNormAct, linear, norm_act
+
+
+class State(NamedTuple):
+    """The latent state: `deter` (..., D) and `stoch` (..., S, K), one-hot."""
+
+    deter: Tensor
+    stoch: Tensor
+
+    def features(self) -> Tensor:
+        """s_t as the heads read it: (..., D + S*K)."""
+        return torch.cat([self.deter, self.stoch.flatten(-2)], -1)
+
+    def detach(self) -> "State":
+        return State(self.deter.detach(), self.stoch.detach())
+
+
+class RSSM(nn.Module):
+    """h_t = f(h_{t-1}, z_{t-1}, a_{t-1}), prior p(z_t | h_t), posterior q(z_t | h_t, x_t)."""
+
+    def __init__(self, embed: int, action: int, widths: Size, model: ModelConfig, ops: Ops):
+        super().__init__()
+        d, u, sk = widths.deter, widths.units, widths.stoch * widths.classes
+        self.stoch, self.classes, self.unimix, self.ops = widths.stoch, widths.classes, model.unimix, ops
+        self.features = d + sk
+        self.initial_deter = nn.Parameter(torch.zeros(d))
+        # Sequence model
+        self.inp, self.inp_norm = linear(sk + action, u, bias=False), LayerNormAct(u, ops)
+        self.gates = linear(u + d, 3 * d, bias=False)
+        self.gates_weight, self.gates_bias = nn.Parameter(torch.ones(3 * d)), nn.Parameter(torch.zeros(3 * d))
+        # Prior
+        self.prior_hidden, self.prior_norm = linear(d, u, bias=False), LayerNormAct(u, ops)
+        self.prior_out = linear(u, sk, bias=True)
+        # Posterior: the representation network
+        self.posterior_hidden = linear(d + embed, u, bias=False)
+        self.posterior_norm = norm_act("posterior", u, model, ops)
+        self.posterior_out = linear(u, sk, bias=True)
+
+    def initial(self, rows: int) -> State:
+        """The learned state before an episode's first step, for N rows: tanh of a parameter, and the prior's mode."""
+        deter = torch.tanh(self.initial_deter).expand(rows, -1)
+        return State(deter, onehot_mode(self.prior(deter)))
+
+    def advance(self, state: State, action: Tensor) -> Tensor:
+        """The sequence model: state and action (N, A) at t-1 to `deter` (N, D) at t."""
+        u = self.inp_norm(self.inp(torch.cat([state.stoch.flatten(-2), action], -1)), batch_stats=True)
+        pre = self.gates(torch.cat([u, state.deter], -1))
+        return self.ops.gru_gates(pre, state.deter, self.gates_weight, self.gates_bias, NORM_EPS)
+
+    def prior(self, deter: Tensor) -> Tensor:
+        """Logits (..., S, K) of p(z_t | h_t) from h_t (..., D)."""
+        logits = self.prior_out(self.prior_norm(self.prior_hidden(deter), batch_stats=True))
+        return logits.unflatten(-1, (self.stoch, self.classes))
+
+    def posterior(self, deter: Tensor, embed: Tensor, *, batch_stats: bool) -> Tensor:
+        """Logits (N, S, K) of q(z_t | h_t, x_t) from h_t (N, D) and x_t (N, E).
+
+        With `batch_stats` BatchNorm normalises by these N rows (training), without by its running statistics.
+        """
+        hidden = self.posterior_hidden(torch.cat([deter, embed], -1))
+        logits = self.posterior_out(self.posterior_norm(hidden, batch_stats=batch_stats))
+        return logits.unflatten(-1, (self.stoch, self.classes))
+
+    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """z (N, S, K) from logits (N, S, K) and uniforms (N, S); the gradient is straight-through."""
+        return self.ops.sample_onehot(logits, uniform, self.unimix)
+
+    def observe_step(
+        self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, uniform: Tensor, *, batch_stats: bool
+    ) -> tuple[State, Tensor]:
+        """One posterior step: state before, past action (N, A), x_t (N, E), is_first (N,), uniforms (N, S).
+
+        Where `is_first`, state and action are replaced by the initial ones. Returns s_t and the posterior's logits.
+        """
+        initial = self.initial(action.shape[0])
+        fresh = is_first.unsqueeze(-1)
+        state = State(
+            torch.where(fresh, initial.deter, state.deter),
+            torch.where(fresh.unsqueeze(-1), initial.stoch, state.stoch),
+        )
+        deter = self.advance(state, action.masked_fill(fresh, 0))
+        logits = self.posterior(deter, embed, batch_stats=batch_stats)
+        return State(deter, self.sample(logits, uniform)), logits
+
+    def observe(
+        self, embed: Tensor, action: Tensor, is_first: Tensor, uniform: Tensor, *, batch_stats: bool
+    ) -> tuple[State, Tensor, Tensor]:
+        """The posterior along sequences: x (B, T, E), past actions (B, T, A), is_first (B, T), uniforms (B, T, S).
+
+        Row 0 starts from the learned initial state. Returns states (B, T, ...), posterior and prior logits
+        (B, T, S, K).
+        """
+        is_first = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1)
+        state = self.initial(embed.shape[0])
+        deters, stochs, posteriors = [], [], []
+        for t in range(embed.shape[1]):
+            state, logits = self.observe_step(
+                state, action[:, t], embed[:, t], is_first[:, t], uniform[:, t], batch_stats=batch_stats
+            )
+            deters.append(state.deter)
+            stochs.append(state.stoch)
+            posteriors.append(logits)
+        # T times (B, ...) -> (B, T, ...)
+        states = State(torch.stack(deters, 1), torch.stack(stochs, 1))
+        return states, torch.stack(posteriors, 1), self.prior(states.deter)
+
+    def imagine_step(self, state: State, action: Tensor, uniform: Tensor) -> State:
+        """One prior step: the state (N, ...) that follows an action (N, A), drawn with uniforms (N, S)."""
+        deter = self.advance(state, action)
+        return State(deter, self.sample(self.prior(deter), uniform))
