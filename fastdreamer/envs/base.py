@@ -3,10 +3,14 @@
 Nothing here (nor anywhere in `fastdreamer.envs`) imports torch: worker processes must start in a moment.
 """
 
+import importlib
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
+
+from fastdreamer.config import BadInput
 
 IMAGE_SIZE = 64
 """Height and width of every image observation, in pixels (the encoder's four stride-2 convolutions expect it)."""
@@ -61,7 +65,8 @@ class Step:
 class BatchEnv(Protocol):
     """`n` environments stepped together inside one process, each with a seed of its own.
 
-    Deterministic: the rows follow from the constructor's arguments and the actions alone.
+    Deterministic: the rows follow from the constructor's arguments and the actions alone. Rows are written whole,
+    except `action`, which the worker fills in.
     """
 
     spaces: Spaces
@@ -79,3 +84,13 @@ class BatchEnv(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def optional(module: str, task: str, extra: str = "envs") -> ModuleType:
+    """Imports a package that only some tasks need. Raises BadInput where it is not installed."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
+            raise
+        raise BadInput(f"--task {task} needs {module}: pip install 'fastdreamer[{extra}]'.") from None
