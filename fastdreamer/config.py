@@ -352,7 +352,7 @@ def check(config: Config) -> None:
 
 
 def load_config(run: Path) -> Config:
-    """The configuration that a run folder's config.yaml records. Raises BadInput where there is none or it is broken."""
+    """What a run folder's config.yaml records. Raises BadInput where there is none or it is broken."""
     import yaml
 
     path = run / "config.yaml"

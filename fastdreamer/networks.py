@@ -3,6 +3,7 @@
 Legend: B sequences, T steps, E embedding, C channels, V length of a vector observation.
 """
 
+import itertools
 import math
 from typing import Literal
 
@@ -87,9 +88,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, units: int, layers: int, ops: Ops):
         super().__init__()
         widths = [inputs, *[units] * layers]
-        self.linears = nn.ModuleList(
-            linear(i, o, bias=False) for i, o in zip(widths[:-1], widths[1:], strict=True)
-        )
+        self.linears = nn.ModuleList(linear(i, o, bias=False) for i, o in itertools.pairwise(widths))
         self.norms = nn.ModuleList(LayerNormAct(units, ops) for _ in range(layers))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -118,17 +117,18 @@ class ImageEncoder(nn.Module):
         channels = [3, *(widths.channels * 2**i for i in range(4))]
         self.convs = nn.ModuleList()
         self.norms = nn.ModuleList()
-        for i, o in zip(channels[:-1], channels[1:], strict=True):
+        for i, o in itertools.pairwise(channels):
             conv = nn.Conv2d(i, o, 4, 2, 1, bias=False)
             initialise(conv.weight, i * 16, o * 16)
-            self.convs.append(conv.to(memory_format=torch.channels_last))
+            self.convs.append(conv)
             self.norms.append(norm_act("encoder", o, model, ops))
+        # Channels-last maps make the norm's view of them contiguous.
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self.embed = channels[-1] * FINAL_MAP**2
 
     def forward(self, image: Tensor, *, batch_stats: bool) -> Tensor:
         # (..., 3, 64, 64) -> (M, 3, 64, 64)
-        x = image.flatten(0, -4).to(memory_format=torch.channels_last)
-        x = x.to(self.convs[0].weight.dtype) / 255 - 0.5
+        x = image.flatten(0, -4).contiguous(memory_format=torch.channels_last) / 255 - 0.5
         for conv, norm in zip(self.convs, self.norms, strict=True):
             # The norm works on channels-last (M, h, w, C); both permutes are views.
             x = norm(conv(x).permute(0, 2, 3, 1), batch_stats=batch_stats).permute(0, 3, 1, 2)
@@ -165,14 +165,15 @@ class ImageDecoder(nn.Module):
         channels = [widths.channels * 2**i for i in (3, 2, 1, 0)] + [3]
         self.convs = nn.ModuleList()
         self.norms = nn.ModuleList()
-        for i, o in zip(channels[:-1], channels[1:], strict=True):
+        for i, o in itertools.pairwise(channels):
             conv = nn.ConvTranspose2d(i, o, 4, 2, 1, bias=o == 3)
             initialise(conv.weight, i * 16, o * 16)
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
-            self.convs.append(conv.to(memory_format=torch.channels_last))
+            self.convs.append(conv)
             if o != 3:
                 self.norms.append(LayerNormAct(o, ops))
+        self.convs.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, features: Tensor) -> Tensor:
         # (..., F) -> (M, 4, 4, 8C) -> (M, 8C, 4, 4)

@@ -49,9 +49,9 @@ class RSSM(nn.Module):
         self.posterior_norm = norm_act("posterior", u, model, ops)
         self.posterior_out = linear(u, sk, bias=True)
 
-    def initial(self, rows: int) -> State:
-        """The learned state before an episode's first step, for N rows: tanh of a parameter, and the prior's mode."""
-        deter = torch.tanh(self.initial_deter).expand(rows, -1)
+    def initial(self) -> State:
+        """The learned state before an episode's first step (one row): tanh of a parameter, and the prior's mode."""
+        deter = torch.tanh(self.initial_deter).unsqueeze(0)
         return State(deter, onehot_mode(self.prior(deter)))
 
     def advance(self, state: State, action: Tensor) -> Tensor:
@@ -79,13 +79,21 @@ class RSSM(nn.Module):
         return self.ops.sample_onehot(logits, uniform, self.unimix)
 
     def observe_step(
-        self, state: State, action: Tensor, embed: Tensor, is_first: Tensor, uniform: Tensor, *, batch_stats: bool
+        self,
+        initial: State,
+        state: State,
+        action: Tensor,
+        embed: Tensor,
+        is_first: Tensor,
+        uniform: Tensor,
+        *,
+        batch_stats: bool,
     ) -> tuple[State, Tensor]:
         """One posterior step: state before, past action (N, A), x_t (N, E), is_first (N,), uniforms (N, S).
 
-        Where `is_first`, state and action are replaced by the initial ones. Returns s_t and the posterior's logits.
+        Where `is_first`, the state is replaced by `initial` (one row) and the action by zeros. Returns s_t and the
+        posterior's logits (N, S, K).
         """
-        initial = self.initial(action.shape[0])
         fresh = is_first.unsqueeze(-1)
         state = State(
             torch.where(fresh, initial.deter, state.deter),
@@ -104,11 +112,11 @@ class RSSM(nn.Module):
         (B, T, S, K).
         """
         is_first = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1)
-        state = self.initial(embed.shape[0])
+        state = initial = self.initial()
         deters, stochs, posteriors = [], [], []
         for t in range(embed.shape[1]):
             state, logits = self.observe_step(
-                state, action[:, t], embed[:, t], is_first[:, t], uniform[:, t], batch_stats=batch_stats
+                initial, state, action[:, t], embed[:, t], is_first[:, t], uniform[:, t], batch_stats=batch_stats
             )
             deters.append(state.deter)
             stochs.append(state.stoch)

@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import torch
-from fastdreamer_kernels.sample_onehot.reference import unimix_probs
 from torch import Tensor
+
+from fastdreamer_kernels.sample_onehot.reference import unimix_probs
 
 
 class KL(NamedTuple):

@@ -1,0 +1,138 @@
+"""The agent: how it acts, and what one training update is.
+
+Legend: B sequences, T steps, N rows (environments, or B*T start states), H imagined steps, S categoricals, A action.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from fastdreamer_kernels.ops import Ops
+from torch import Tensor, nn
+
+from fastdreamer.behavior import Behavior, ImaginationNoise
+from fastdreamer.config import Config
+from fastdreamer.distributions import action_noise
+from fastdreamer.envs.base import Spaces
+from fastdreamer.optim import Optimizer, ema_update
+from fastdreamer.rssm import State
+from fastdreamer.world_model import Batch, WorldModel
+
+
+class UpdateNoise(NamedTuple):
+    """All randomness of one update: `posterior` uniform (B, T, S), and imagination's."""
+
+    posterior: Tensor
+    imagination: ImaginationNoise
+
+
+class ActNoise(NamedTuple):
+    """All randomness of one decision in N environments: `posterior` uniform (N, S), `action` as the actor needs."""
+
+    posterior: Tensor
+    action: Tensor
+
+
+class Carry(NamedTuple):
+    """What acting remembers of the step before, for N environments: the latent state and the action taken (N, A)."""
+
+    state: State
+    action: Tensor
+
+
+class Agent(nn.Module):
+    """World model and behaviour with their three optimisers."""
+
+    def __init__(self, spaces: Spaces, config: Config, ops: Ops):
+        super().__init__()
+        self.spaces, self.config = spaces, config
+        self.world_model = WorldModel(spaces, config, ops)
+        self.behavior = Behavior(self.world_model.rssm.features, spaces, config, ops)
+        self.value_teacher = copy.deepcopy(self.world_model.value)
+        if self.value_teacher is not None:
+            self.value_teacher.requires_grad_(False)
+
+    def make_optimizers(self) -> "Optimizers":
+        optim = self.config.optim
+        behavior = {"lr": optim.behavior_lr, "eps": optim.behavior_eps, "clip": optim.behavior_clip}
+        return Optimizers(
+            model=Optimizer(
+                self.world_model.parameters(), lr=optim.model_lr, eps=optim.model_eps, clip=optim.model_clip
+            ),
+            actor=Optimizer(self.behavior.actor.parameters(), **behavior),
+            critic=Optimizer(self.behavior.critic.parameters(), **behavior),
+        )
+
+    def draw_update_noise(self, generator: torch.Generator) -> UpdateNoise:
+        """Fresh noise for one update, on the generator's device."""
+        b, t, h = self.config.optim.batch_size, self.config.optim.batch_length, self.config.behavior.horizon
+        stoch, device = self.config.widths.stoch, generator.device
+        return UpdateNoise(
+            torch.rand(b, t, stoch, generator=generator, device=device),
+            ImaginationNoise(
+                torch.rand(h, b * t, stoch, generator=generator, device=device),
+                action_noise((h, b * t), self.spaces.action, self.spaces.discrete, generator),
+            ),
+        )
+
+    def draw_act_noise(self, rows: int, generator: torch.Generator) -> ActNoise:
+        """Fresh noise for one decision in `rows` environments, on the generator's device."""
+        stoch = self.config.widths.stoch
+        return ActNoise(
+            torch.rand(rows, stoch, generator=generator, device=generator.device),
+            action_noise((rows,), self.spaces.action, self.spaces.discrete, generator),
+        )
+
+    def initial_carry(self, rows: int, device: torch.device) -> Carry:
+        """What acting starts with; the first row of an episode replaces it by the learned initial state."""
+        widths = self.config.widths
+        return Carry(
+            State(
+                torch.zeros(rows, widths.deter, device=device),
+                torch.zeros(rows, widths.stoch, widths.classes, device=device),
+            ),
+            torch.zeros(rows, self.spaces.action, device=device),
+        )
+
+    @torch.no_grad()
+    def act(self, obs: Batch, carry: Carry, noise: ActNoise) -> Carry:
+        """One decision in N environments: rows (N, ...) of observation and is_first; `carry.action` is the decision.
+
+        BatchNorm uses its running statistics.
+        """
+        model = self.world_model
+        embed = model.encoder(obs, batch_stats=False)
+        state, _ = model.rssm.observe_step(
+            model.rssm.initial(), *carry, embed, obs["is_first"], noise.posterior, batch_stats=False
+        )
+        return Carry(state, self.behavior.policy(state.features()).sample(noise.action))
+
+    def update(self, batch: Batch, noise: UpdateNoise, optimizers: "Optimizers") -> dict[str, Tensor]:
+        """One training update on sequences (B, T). Returns losses and other scalars, on the device."""
+        # World model
+        model = self.world_model.loss(batch, noise.posterior, self.value_teacher)
+        metrics = {f"loss/{name}": part.detach() for name, part in model.parts.items()}
+        metrics["loss/model"] = model.total.detach()
+        metrics["grad/model"] = optimizers.model.step(model.total)
+
+        # Behaviour, from every posterior state: (B, T, ...) -> (N, ...)
+        start = State(model.posterior.deter.flatten(0, 1), model.posterior.stoch.flatten(0, 1))
+        cont = 1 - batch["is_terminal"].flatten().float()
+        behavior = self.behavior.loss(self.world_model, start, cont, noise.imagination)
+        metrics["grad/actor"] = optimizers.actor.step(behavior.actor)
+        metrics["grad/critic"] = optimizers.critic.step(behavior.critic)
+        losses = ("actor", "critic")
+        metrics |= {f"{'loss' if k in losses else 'behavior'}/{k}": v for k, v in behavior.parts.items()}
+
+        # Slow copies
+        rate = self.config.behavior.ema
+        ema_update(self.behavior.slow_critic, self.behavior.critic, rate)
+        if self.value_teacher is not None and self.world_model.value is not None:
+            ema_update(self.value_teacher, self.world_model.value, rate)
+        return metrics
+
+
+class Optimizers(NamedTuple):
+    model: Optimizer
+    actor: Optimizer
+    critic: Optimizer

@@ -1,0 +1,128 @@
+"""Behaviour: actor and critic, learned from imagined trajectories (DreamerV3, "Actor critic learning").
+
+Legend: N = B*T start states, H imagined steps, A action.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from fastdreamer_kernels.ops import Ops
+from torch import Tensor, nn
+
+from fastdreamer.config import BadInput, Config
+from fastdreamer.distributions import ActionDistribution, TwoHot, action_distribution, action_params
+from fastdreamer.envs.base import Spaces
+from fastdreamer.networks import Head
+from fastdreamer.rssm import State
+from fastdreamer.world_model import WorldModel
+
+
+class ImaginationNoise(NamedTuple):
+    """What imagination draws from: `prior` uniform (H, N, S); `action` as `action_noise` gives it, (H, N, ...)."""
+
+    prior: Tensor
+    action: Tensor
+
+
+class Trajectory(NamedTuple):
+    """An imagined trajectory, time first: `features` (H+1, N, F), `action` (H, N, A), and per state (H+1, N):
+    `reward` that arrives with it, `cont` (the start state's is the true one)."""
+
+    features: Tensor
+    action: Tensor
+    reward: Tensor
+    cont: Tensor
+
+
+class BehaviorLoss(NamedTuple):
+    actor: Tensor
+    critic: Tensor
+    parts: dict[str, Tensor]
+
+
+class Behavior(nn.Module):
+    """Actor, critic, the critic's slow copy and the range of returns. Never uses the world model's value head."""
+
+    return_range: Tensor
+    percentiles: Tensor
+
+    def __init__(self, features: int, spaces: Spaces, config: Config, ops: Ops):
+        super().__init__()
+        widths = config.widths
+        self.config, self.ops, self.discrete = config, ops, spaces.discrete
+        gradient = config.behavior.actor_gradient
+        if gradient == "dynamics" and spaces.discrete:
+            raise BadInput("--actor-gradient dynamics needs continuous actions and this task's are discrete: use auto.")
+        self.through_dynamics = gradient == "dynamics" or (gradient == "auto" and not spaces.discrete)
+        self.actor = Head(features, widths, action_params(spaces.action, spaces.discrete), ops)
+        self.critic = Head(features, widths, widths.bins, ops, zero=True)
+        self.slow_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        # EMA of the 5th and 95th percentile of imagined returns.
+        self.register_buffer("return_range", torch.zeros(2))
+        self.register_buffer("percentiles", torch.tensor([0.05, 0.95]), persistent=False)
+
+    def policy(self, features: Tensor) -> ActionDistribution:
+        """The actor's distribution over actions at states (..., F)."""
+        return action_distribution(self.actor(features), self.discrete, self.config.model.unimix, self.ops)
+
+    def imagine(self, model: WorldModel, start: State, cont: Tensor, noise: ImaginationNoise) -> Trajectory:
+        """Rolls prior and actor out from `start` (N, ...), whose true continuation is `cont` (N,)."""
+        state, features, actions = start, [start.features()], []
+        for prior, action in zip(noise.prior, noise.action, strict=True):
+            # The actor sees states as given: what it does changes later states only through its actions.
+            actions.append(self.policy(features[-1].detach()).sample(action))
+            state = model.rssm.imagine_step(state, actions[-1], prior)
+            features.append(state.features())
+        # H+1 times (N, F) -> (H+1, N, F)
+        stacked = torch.stack(features)
+        reward = model.predict_reward(stacked).mean()
+        imagined_cont = model.predict_cont(stacked[1:]).mean()
+        return Trajectory(stacked, torch.stack(actions), reward, torch.cat([cont.unsqueeze(0), imagined_cont]))
+
+    def loss(self, model: WorldModel, start: State, cont: Tensor, noise: ImaginationNoise) -> BehaviorLoss:
+        """Actor and critic losses from states (N, ...); their gradients are for actor and critic alone."""
+        config = self.config.behavior
+        with torch.set_grad_enabled(self.through_dynamics):
+            trajectory = self.imagine(model, start, cont, noise)
+            value = TwoHot(self.critic(trajectory.features), self.ops).mean()
+            returns = self.ops.lambda_return(
+                trajectory.reward, config.gamma * trajectory.cont, value, None, config.lam
+            )[:-1]
+        # (H, N): how much of each imagined step is left after discounts and ends before it.
+        weight = trajectory.cont.detach().clone()
+        weight[1:] *= config.gamma
+        weight = weight.cumprod(0)[:-1]
+        seen = trajectory.features[:-1].detach()
+
+        policy = self.policy(seen)
+        advantage = (returns - value[:-1]) / self.return_scale(returns.detach())
+        if self.through_dynamics:
+            objective = advantage
+        else:
+            objective = policy.log_prob(trajectory.action.detach()) * advantage.detach()
+        entropy = policy.entropy()
+        actor = -(weight * (objective + config.entropy * entropy)).mean()
+
+        critic = TwoHot(self.critic(seen), self.ops)
+        with torch.no_grad():
+            slow = TwoHot(self.slow_critic(seen), self.ops).mean()
+        critic_loss = (weight * (critic.loss(returns.detach()) + critic.loss(slow))).mean()
+
+        parts = {
+            "actor": actor,
+            "critic": critic_loss,
+            "imagined_return": returns.mean(),
+            "imagined_reward": trajectory.reward[1:].mean(),
+            "imagined_value": value.mean(),
+            "return_scale": self.return_range[1] - self.return_range[0],
+            "entropy": entropy.mean(),
+            "advantage": advantage.abs().mean(),
+        }
+        return BehaviorLoss(actor, critic_loss, {name: part.detach() for name, part in parts.items()})
+
+    def return_scale(self, returns: Tensor) -> Tensor:
+        """max(1, range of returns between their 5 % and 95 % percentiles), after the range's EMA took `returns` in."""
+        percentiles = torch.quantile(returns.float().flatten(), self.percentiles)
+        self.return_range.lerp_(percentiles, 1 - self.config.behavior.return_decay)
+        return torch.clamp(self.return_range[1] - self.return_range[0], min=1.0)
