@@ -32,4 +32,4 @@ class Optimizer:
 def ema_update(slow: nn.Module, fast: nn.Module, rate: float) -> None:
     """Moves each parameter of `slow` towards that of `fast` by `rate`."""
     pairs = list(slow.parameters()), list(fast.parameters())
-    torch._foreach_lerp_(*pairs, rate)  # pyright: ignore[reportPrivateImportUsage]
+    torch._foreach_lerp_(*pairs, rate)  # pyright: ignore
