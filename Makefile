@@ -1,0 +1,36 @@
+# make setup | train | test | lint. ARGS goes on to the trainer or to pytest; PYTHON names another interpreter.
+
+# A shim may exist for a version that is not installed, so each candidate has to run to count.
+PYTHON ?= $(firstword $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python; done))
+
+STAMP := .venv/.installed
+BIN := .venv/bin
+
+.PHONY: setup train test lint
+setup: $(STAMP)
+
+train: setup
+	$(BIN)/python -m fastdreamer.train --compile $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# Debian ships venv without ensurepip unless python3-venv is installed; the interpreter's own pip can then fill the
+# environment from outside, which needs no root.
+$(STAMP): pyproject.toml
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "fastdreamer needs Python 3.11 or newer: install it, or name it with make PYTHON=/path/to/python3.11." >&2; \
+		exit 1; }
+	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv .venv >/dev/null 2>&1 || { \
+		$(PYTHON) -m venv --clear --without-pip .venv && \
+		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } || { \
+		echo "$(PYTHON) can make no environment in .venv: install pip and venv for it (apt install python3-venv)." >&2; \
+		exit 1; }
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[envs,video,dev]'
+	@touch $@

@@ -1,0 +1,408 @@
+"""A run's folder and what is written into it while it trains: configuration, metrics, TensorBoard, progress.
+
+`metrics.jsonl` holds one JSON object a line. Every line has `frames` (environment frames so far), `seconds` (spent on
+the run, pauses between a stop and a resume left out) and, where the trainer gave them, `updates`; the other keys are
+tags such as `loss/reward`, `episode/return` or `eval/return_mean`. JSON has no NaN: a value that is not finite is
+the string "nan", "inf" or "-inf", which `float` reads. Tags under `speed/` and `seconds` differ between two runs of one
+seed; everything else is a function of the configuration on CPU.
+"""
+
+import io
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from fastdreamer.config import BadInput
+
+METRICS = "metrics.jsonl"
+RECORDED_VERSIONS = ("torch", "triton", "numpy", "envpool", "mujoco", "dm_control", "gymnasium")
+RECENT_EPISODES = 10
+PLAIN_INTERVAL = 10.0  # seconds between progress lines where the output is no terminal
+LIVE_INTERVAL = 0.25  # seconds between redraws of the live display
+SAMPLE_INTERVAL = 0.5  # seconds between the samples that speeds are taken from
+SAMPLES = 60
+TENSORBOARD_FLUSH = 5.0  # seconds
+VIDEO_FRAME = 50  # milliseconds
+RGB = 3  # TensorBoard's code for it
+
+
+def new_run(root: Path, task: str, config: dict[str, Any]) -> Path:
+    """Makes `root/<task>-<YYYYmmdd-HHMMSS>/` with the `config.yaml` that says how to repeat the run, and returns it.
+
+    `config` is what `dataclasses.asdict` gives; `config.yaml` holds it under `config`, beside versions of Python and
+    of the packages that results depend on, the commit of a checkout and whether it was changed, and the command line.
+    Raises BadInput where the folder cannot be written.
+    """
+    import yaml
+
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    record = {"config": config, "versions": _versions(), "git": _commit(), "command": shlex.join(sys.orig_argv)}
+    try:
+        run = _unused_folder(root, name)
+        (run / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+    except OSError as error:
+        raise BadInput(
+            f"No run can be written under {root} ({error.strerror}): name a writable folder with space by --logdir."
+        ) from None
+    return run
+
+
+def _unused_folder(root: Path, name: str) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    attempt = 1
+    while True:
+        run = root / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            run.mkdir()
+            return run
+        except FileExistsError:
+            attempt += 1
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for name in RECORDED_VERSIONS:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return versions
+
+
+def _commit() -> dict[str, Any] | None:
+    """The commit of the checkout this file is tracked in, and whether tracked files differ from it; else None."""
+
+    def git(*command: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), *command], check=True, capture_output=True, text=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        # An installed copy may lie inside somebody else's checkout, whose commit would say nothing.
+        git("ls-files", "--error-unmatch", Path(__file__).name)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def read_metrics(run: Path) -> Iterator[dict[str, float]]:
+    """The lines of a run's `metrics.jsonl`, values as floats. A line cut short by a crash is left out.
+
+    Raises FileNotFoundError and other OSErrors.
+    """
+    with open(run / METRICS, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            row = _parse(line)
+            if row is not None:
+                yield row
+
+
+def _parse(line: str) -> dict[str, float] | None:
+    try:
+        row = {tag: float(value) for tag, value in json.loads(line).items()}
+    except (ValueError, TypeError, AttributeError):
+        return None
+    return row if "frames" in row else None
+
+
+class Logger:
+    """Writes a run's metrics and shows its progress. Cheap enough to call at every environment step.
+
+    Every method raises BadInput where the disk is full or the folder has become unwritable. Everything that belongs to
+    `frames` F should be written before the checkpoint at F is: a resume keeps the lines up to the checkpoint's frames.
+    """
+
+    def __init__(
+        self, run: Path, *, total_frames: int, live: bool | None = None, resume_at_frames: int | None = None
+    ) -> None:
+        """`total_frames`: what the run is to reach. `live`: draw a display; None does where stdout is a terminal.
+
+        `resume_at_frames`: frames of the checkpoint that the run goes on from; later lines are dropped, so that
+        nothing is recorded twice. None starts anew.
+        """
+        self.run = run
+        self._total = total_frames
+        self._frames, self._updates = resume_at_frames or 0, 0
+        self._recent: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self._best = self._best_evaluation = -math.inf
+        self._evaluation: float | None = None
+        self._failed = False
+        seconds = 0.0
+        try:
+            if resume_at_frames is not None:
+                for row in _rewind(run, resume_at_frames):
+                    seconds = row.get("seconds", seconds)
+                    self._updates = int(row.get("updates", self._updates))
+                    self._remember(row)
+            self._metrics = open(run / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by close()
+        except OSError as error:
+            raise self._unwritable(error) from None
+        self._start = time.monotonic() - seconds
+        self._samples: deque[tuple[float, int, int]] = deque(maxlen=SAMPLES)
+        self._redraw_at = 0.0
+        live = sys.stdout.isatty() if live is None else live
+        self._display: _Display = _PlainDisplay()
+        if live:
+            try:
+                self._display = _LiveDisplay()
+            except ImportError:
+                self.message("rich is not installed: progress comes as plain lines (pip install rich).")
+        self._board: _TensorBoard | None = None
+        try:
+            self._board = _TensorBoard(run, resume_at_frames)
+        except ImportError:
+            self.message(f"tensorboard is not installed: scalars go to {METRICS} alone (pip install tensorboard).")
+        except OSError as error:
+            raise self._unwritable(error) from None
+
+    def scalars(self, frames: int, values: Mapping[str, float], updates: int | None = None) -> None:
+        """Records `values` by tag, such as `loss/reward`, at `frames` and after `updates`.
+
+        With `updates` the recent speeds are recorded too, as `speed/frames` and `speed/updates` a second.
+        """
+        row: dict[str, float] = {"frames": frames}
+        values = dict(values)
+        if updates is not None:
+            row["updates"] = updates
+            if (speeds := self._speeds()) is not None:
+                values["speed/frames"], values["speed/updates"] = speeds
+        row["seconds"] = round(time.monotonic() - self._start, 3)
+        self._write({**row, **values})
+        self._remember(values)
+        if self._board is not None:
+            self._guard(self._board.scalars, frames, values)
+
+    def episode(self, frames: int, return_: float, length: int) -> None:
+        """Records a training episode that ended at `frames`: its return, and its length in decisions."""
+        self.scalars(frames, {"episode/return": return_, "episode/length": length})
+
+    def video(self, tag: str, frames: int, array: np.ndarray) -> None:
+        """Shows uint8 (T, H, W, 3) as an animation in TensorBoard (an image summary); without TensorBoard, nothing."""
+        if self._board is not None:
+            self._guard(self._board.video, tag, frames, array)
+
+    def progress(self, frames: int, updates: int) -> None:
+        """Tells how far the run is; redraws the display when it is time."""
+        now = time.monotonic()
+        self._frames, self._updates = frames, updates
+        if not self._samples or now - self._samples[-1][0] >= SAMPLE_INTERVAL:
+            self._samples.append((now, frames, updates))
+        if now >= self._redraw_at:
+            self._redraw_at = now + self._display.interval
+            self._display.draw(self._state())
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the display where there is one."""
+        self._display.print(text)
+
+    def close(self) -> None:
+        """Shows where the run ended and closes the files. Calling it again does nothing."""
+        if self._metrics.closed:
+            return
+        self._display.draw(self._state())
+        self._display.close()
+        try:
+            if self._board is not None:
+                self._board.close()
+            self._metrics.close()
+        except OSError as error:
+            # What is buffered cannot be written either, and the first failure has been told.
+            if not self._failed:
+                raise self._unwritable(error) from None
+
+    def _write(self, row: Mapping[str, float]) -> None:
+        finite = {tag: value if math.isfinite(value) else str(float(value)) for tag, value in row.items()}
+        self._guard(self._metrics.write, json.dumps(finite, allow_nan=False, default=float) + "\n")
+
+    def _guard(self, write: Callable[..., object], *arguments: object) -> None:
+        try:
+            write(*arguments)
+        except OSError as error:
+            self._failed = True
+            raise self._unwritable(error) from None
+
+    def _unwritable(self, error: OSError) -> BadInput:
+        return BadInput(
+            f"The logs in {self.run} cannot be written ({error.strerror}): make space or the folder writable, "
+            f"then go on with --resume {self.run}."
+        )
+
+    def _remember(self, values: Mapping[str, float]) -> None:
+        if "episode/return" in values:
+            self._recent.append(values["episode/return"])
+            self._best = max(self._best, self._recent[-1])
+        if "eval/return_mean" in values:
+            self._evaluation = values["eval/return_mean"]
+            self._best_evaluation = max(self._best_evaluation, self._evaluation)
+
+    def _speeds(self) -> tuple[float, float] | None:
+        """Frames and updates a second over the samples kept: at most SAMPLES * SAMPLE_INTERVAL seconds of progress."""
+        if len(self._samples) < 2:
+            return None
+        (t0, frames0, updates0), (t1, frames1, updates1) = self._samples[0], self._samples[-1]
+        return (frames1 - frames0) / (t1 - t0), (updates1 - updates0) / (t1 - t0)
+
+    def _state(self) -> "_State":
+        speeds = self._speeds()
+        left = max(self._total - self._frames, 0)
+        return _State(
+            done=min(self._frames / self._total, 1.0),
+            frames=f"{self._frames:,} / {self._total:,} frames",
+            updates=f"{self._updates:,} updates",
+            returns=self._describe_returns(),
+            speed=f"{speeds[1]:,.1f} updates/s, {speeds[0]:,.0f} frames/s" if speeds else "",
+            left=f"{_clock(left / speeds[0])} left" if speeds and speeds[0] > 0 and left else "",
+        )
+
+    def _describe_returns(self) -> str:
+        parts = []
+        if self._recent:
+            mean = sum(self._recent) / len(self._recent)
+            parts.append(
+                f"return last {self._recent[-1]:.4g}, mean of {len(self._recent)} {mean:.4g}, best {self._best:.4g}"
+            )
+        if self._evaluation is not None:
+            parts.append(f"evaluation {self._evaluation:.4g}, best {self._best_evaluation:.4g}")
+        return "; ".join(parts) or "no episode has ended yet"
+
+
+def _rewind(run: Path, frames: int) -> list[dict[str, float]]:
+    """Drops the lines of `metrics.jsonl` beyond `frames`, and returns the rows that stay."""
+    path = run / METRICS
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    kept = [(line, row) for line in lines if (row := _parse(line)) is not None and row["frames"] <= frames]
+    fresh = path.with_suffix(".jsonl.new")
+    fresh.write_text("".join(line if line.endswith("\n") else line + "\n" for line, _ in kept), encoding="utf-8")
+    os.replace(fresh, path)
+    return [row for _, row in kept]
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a display shows, as text; `done` is the finished share of the run."""
+
+    done: float
+    frames: str
+    updates: str
+    returns: str
+    speed: str
+    left: str
+
+
+class _Display(Protocol):
+    interval: float
+
+    def draw(self, state: _State) -> None: ...
+    def print(self, text: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class _PlainDisplay:
+    interval = PLAIN_INTERVAL
+
+    def draw(self, state: _State) -> None:
+        parts = (f"{state.frames} ({state.done:.0%})", state.updates, state.returns, state.speed, state.left)
+        self.print(" | ".join(part for part in parts if part))
+
+    def print(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class _LiveDisplay:
+    interval = LIVE_INTERVAL
+
+    def __init__(self) -> None:
+        from rich.live import Live
+
+        # Redrawn by progress(): a refreshing thread would take turns from the learner's Python thread.
+        self._live = Live(auto_refresh=False)
+        self._live.start()
+
+    def draw(self, state: _State) -> None:
+        from rich.console import Group
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        head = Table.grid(padding=(0, 2))
+        head.add_row(
+            ProgressBar(total=1.0, completed=state.done, width=30), f"{state.done:.0%}", state.frames, Text(state.left)
+        )
+        foot = "   ".join(part for part in (state.updates, state.speed) if part)
+        self._live.update(Group(head, Text(state.returns, style="bold"), Text(foot, style="dim")), refresh=True)
+
+    def print(self, text: str) -> None:
+        self._live.console.print(text, markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+
+class _TensorBoard:
+    """A TensorBoard event file, written in place by the calling thread so that a full disk is noticed there."""
+
+    def __init__(self, run: Path, resume_at_frames: int | None) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # Generated modules: type checkers do not see what they define.
+        events: Any = event_pb2
+        summaries: Any = summary_pb2
+        self._event, self._session, self._summary = events.Event, events.SessionLog, summaries.Summary
+        self._file: BinaryIO = open(  # noqa: SIM115 - closed by close()
+            run / f"events.out.tfevents.{time.time_ns()}", "wb"
+        )
+        self._writer = RecordWriter(self._file)
+        self._flush_at = 0.0
+        self._add(file_version="brain.Event:2")
+        if resume_at_frames is not None:
+            # TensorBoard then forgets what earlier files of the run say about later steps.
+            self._add(step=resume_at_frames + 1, session_log=self._session(status=self._session.START))
+
+    def scalars(self, frames: int, values: Mapping[str, float]) -> None:
+        points = [self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._add(step=frames, summary=self._summary(value=points))
+
+    def video(self, tag: str, frames: int, array: np.ndarray) -> None:
+        from PIL import Image
+
+        _, height, width, _ = array.shape
+        first, *others = [Image.fromarray(frame) for frame in array]
+        encoded = io.BytesIO()
+        first.save(encoded, "GIF", save_all=True, append_images=others, duration=VIDEO_FRAME, loop=0)
+        image = self._summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=encoded.getvalue())
+        self._add(step=frames, summary=self._summary(value=[self._summary.Value(tag=tag, image=image)]))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _add(self, **event: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **event).SerializeToString())
+        if time.monotonic() >= self._flush_at:
+            self._file.flush()
+            self._flush_at = time.monotonic() + TENSORBOARD_FLUSH
