@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, SupportsFloat
 
 import numpy as np
 
@@ -169,22 +169,22 @@ class Logger:
         except OSError as error:
             raise self._unwritable(error) from None
 
-    def scalars(self, frames: int, values: Mapping[str, float], updates: int | None = None) -> None:
+    def scalars(self, frames: int, values: Mapping[str, SupportsFloat], updates: int | None = None) -> None:
         """Records `values` by tag, such as `loss/reward`, at `frames` and after `updates`.
 
         With `updates` the recent speeds are recorded too, as `speed/frames` and `speed/updates` a second.
         """
         row: dict[str, float] = {"frames": frames}
-        values = dict(values)
+        numbers = {tag: float(value) for tag, value in values.items()}
         if updates is not None:
             row["updates"] = updates
             if (speeds := self._speeds()) is not None:
-                values["speed/frames"], values["speed/updates"] = speeds
+                numbers["speed/frames"], numbers["speed/updates"] = speeds
         row["seconds"] = round(time.monotonic() - self._start, 3)
-        self._write({**row, **values})
-        self._remember(values)
+        self._write({**row, **numbers})
+        self._remember(numbers)
         if self._board is not None:
-            self._guard(self._board.scalars, frames, values)
+            self._guard(self._board.scalars, frames, numbers)
 
     def episode(self, frames: int, return_: float, length: int) -> None:
         """Records a training episode that ended at `frames`: its return, and its length in decisions."""
@@ -225,8 +225,8 @@ class Logger:
                 raise self._unwritable(error) from None
 
     def _write(self, row: Mapping[str, float]) -> None:
-        finite = {tag: value if math.isfinite(value) else str(float(value)) for tag, value in row.items()}
-        self._guard(self._metrics.write, json.dumps(finite, allow_nan=False, default=float) + "\n")
+        finite = {tag: value if math.isfinite(value) else str(value) for tag, value in row.items()}
+        self._guard(self._metrics.write, json.dumps(finite, allow_nan=False) + "\n")
 
     def _guard(self, write: Callable[..., object], *arguments: object) -> None:
         try:
