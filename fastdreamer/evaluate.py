@@ -1,0 +1,183 @@
+"""Evaluation: whole episodes of the sampled policy, and dreams beside what really happened.
+
+`python -m fastdreamer.evaluate RUN` evaluates the last checkpoint of a run.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastdreamer_kernels import ops
+
+from fastdreamer import envs, report
+from fastdreamer.agent import Agent
+from fastdreamer.checkpoint import Checkpoints, shapes
+from fastdreamer.config import BadInput, Config, check, load_config
+from fastdreamer.envs.base import Step
+from fastdreamer.runtime import Stager, choose_device, generator, prepare_process
+
+SEED_OFFSET = 1_000_000
+"""Evaluation seeds lie this far from training seeds, so that no episode is one that was trained on."""
+NOISE_STREAM, DREAM_STREAM = 100, 101
+"""Streams of randomness that evaluation and dreams draw from; training's are below them."""
+DREAM_ROWS, DREAM_LENGTH, DREAM_CONTEXT = 4, 50, 5
+
+
+@dataclass
+class Evaluation:
+    """`returns` of whole episodes, and the `recorded` ones' rows as arrays (T, ...), fields as in `Step`."""
+
+    returns: list[float]
+    recorded: list[dict[str, np.ndarray]]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.returns))
+
+    @property
+    def std(self) -> float:
+        """Standard deviation over the episodes, as of a population: one episode has 0."""
+        return float(np.std(self.returns))
+
+
+def evaluate(agent: Agent, config: Config, device: torch.device, *, episodes: int) -> Evaluation:
+    """Runs `episodes` whole episodes with actions sampled from the policy; training's own state is left alone.
+
+    Every environment runs a fixed share of them, so that short episodes are not over-represented. The first episode
+    of each of the first few environments is recorded.
+    """
+    count = min(config.env.envs, episodes)
+    share = [episodes // count + (i < episodes % count) for i in range(count)]
+    returns: list[list[float]] = [[] for _ in range(count)]
+    recorded: list[list[dict[str, np.ndarray]]] = [[] for _ in range(min(count, DREAM_ROWS))]
+    noise, stage = generator(device, config.seed, NOISE_STREAM), Stager(device)
+    env = replace(config.env, envs=count)
+    with envs.make(config.task, env, config.seed + SEED_OFFSET, evaluation=True) as environments:
+        carry, total = agent.initial_carry(count, device), np.zeros(count)
+        while True:
+            step = environments.recv()
+            # An episode that begins without the last one's end was cut short by a crash: it does not count.
+            total = np.where(step.is_first, 0, total + step.reward)
+            for i, rows in enumerate(recorded):
+                if not returns[i]:
+                    rows[:] = [*([] if step.is_first[i] else rows), _row(step, i)]
+            for i in np.flatnonzero(step.is_last):
+                if len(returns[i]) < share[i]:
+                    returns[i].append(float(total[i]))
+            if all(len(done) == wanted for done, wanted in zip(returns, share, strict=True)):
+                break
+            carry = agent.act(stage(step), carry, agent.draw_act_noise(count, noise))
+            environments.send(carry.action.cpu().numpy())
+    return Evaluation(
+        [value for done in returns for value in done],
+        [{name: np.stack([row[name] for row in rows]) for name in rows[0]} for rows in recorded],
+    )
+
+
+def _row(step: Step, i: int) -> dict[str, np.ndarray]:
+    return {name: array[i].copy() for name, array in vars(step).items() if array is not None}
+
+
+def video(evaluation: Evaluation) -> np.ndarray | None:
+    """The first recorded episode's frames, uint8 (T, 64, 64, 3); None where there are no images."""
+    image = evaluation.recorded[0].get("image")
+    return None if image is None else image.transpose(0, 2, 3, 1)
+
+
+@torch.no_grad()
+def dream(agent: Agent, evaluation: Evaluation, device: torch.device) -> tuple[np.ndarray, np.ndarray, int] | None:
+    """True and imagined frames uint8 (R, T, 64, 64, 3) of recorded episodes, and how many steps were shown first.
+
+    After that context the world model sees no more frames: it follows the true actions by its prior. None where there
+    is no decoder or no image, or an episode is too short to imagine anything.
+    """
+    rows = [row for row in evaluation.recorded if "image" in row]
+    length = min([DREAM_LENGTH, *(len(row["image"]) for row in rows)])
+    context = min(DREAM_CONTEXT, length // 3)
+    if not rows or agent.world_model.decoder is None or not context:
+        return None
+    batch = {name: torch.from_numpy(np.stack([row[name][:length] for row in rows])).to(device) for name in rows[0]}
+    uniform = torch.rand(
+        len(rows), length, agent.config.widths.stoch, generator=generator(device, 0, DREAM_STREAM), device=device
+    )
+    imagined = agent.world_model.dream(batch, uniform, context)["image"]
+    frames = ((imagined + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    true, imagined = (x.permute(0, 1, 3, 4, 2).cpu().numpy() for x in (batch["image"], frames))
+    return true, imagined, context
+
+
+def load_agent(run: Path, config: Config, device: torch.device) -> Agent:
+    """The agent of a run's last checkpoint. Raises BadInput where there is none that fits."""
+    with envs.make(config.task, replace(config.env, envs=1), config.seed, evaluation=True) as environments:
+        agent = Agent(environments.spaces, config, ops.load("auto"))
+    state = Checkpoints(run).load(expected=shapes({"agent": agent.state_dict()}))
+    agent.load_state_dict(state["agent"])
+    return agent.to(device)
+
+
+@dataclass(frozen=True)
+class Command:
+    """Evaluates the last checkpoint of a run: mean, standard deviation and every return."""
+
+    run: str
+    """Run folder."""
+    episodes: int = 10
+    video: bool = False
+    """Write RUN/evaluation.gif, the first episode."""
+    background: str | None = None
+    """Folder of videos played behind the frames, instead of the run's own --eval-background."""
+    json: bool = False
+    """Print one JSON object with return_mean, return_std and returns."""
+    device: str = "auto"
+
+
+def run_command(command: Command) -> None:
+    """Carries the command out. Raises BadInput."""
+    if command.episodes < 1:
+        raise BadInput(f"--episodes is {command.episodes} and must be at least 1.")
+    run = Path(command.run)
+    config = load_config(run)
+    if command.background is not None:
+        # The training folder is not read here; naming it keeps the pair of options whole.
+        env = replace(config.env, background=config.env.background or ".", eval_background=command.background)
+        config = replace(config, env=env)
+        check(config)
+    if command.video and config.env.obs == "vector":
+        raise BadInput("--video needs frames and this run was trained with --obs vector: leave it out.")
+    device = choose_device(command.device)
+    prepare_process(device)
+    agent = load_agent(run, config, device)
+    evaluation = evaluate(agent, config, device, episodes=command.episodes)
+    frames = video(evaluation) if command.video else None
+    if frames is not None:
+        path = run / "evaluation.gif"
+        report.gif(frames, path)
+        print(f"first episode: {path}", file=sys.stderr)
+    if command.json:
+        result = {"return_mean": evaluation.mean, "return_std": evaluation.std, "returns": evaluation.returns}
+        print(json.dumps(result))
+    else:
+        print(f"return {evaluation.mean:.2f} ± {evaluation.std:.2f} over {len(evaluation.returns)} episodes")
+        print("returns " + " ".join(f"{value:.2f}" for value in evaluation.returns))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: exit code 0, or 2 with one sentence for bad input."""
+    import tyro
+
+    tyro_config = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
+    command = tyro.cli(Command, args=argv, prog="python -m fastdreamer.evaluate", config=tyro_config)
+    try:
+        run_command(command)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

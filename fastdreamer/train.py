@@ -1,0 +1,368 @@
+"""Training: `python -m fastdreamer.train`. The loop that lets environments, replay and learner work side by side.
+
+One iteration handles one row of each of the N environments: decide, send the actions, store the row, run the updates
+that the train ratio makes due while the environments step in their own processes, and only then receive the next row.
+Which weights act and what a batch may draw from follow from counters alone, whatever the timing.
+"""
+
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from fastdreamer_kernels import ops
+from torch import nn
+
+from fastdreamer import envs, logger, report
+from fastdreamer.agent import Agent, Carry
+from fastdreamer.checkpoint import Checkpoints, shapes
+from fastdreamer.config import BadInput, Command, Config, parse_command
+from fastdreamer.envs.base import Spaces, Step
+from fastdreamer.evaluate import Evaluation, dream, evaluate, video
+from fastdreamer.replay import Replay, available_memory, describe
+from fastdreamer.rssm import State
+from fastdreamer.runtime import (
+    Batches,
+    Learner,
+    NonFinite,
+    Stager,
+    choose_device,
+    generator,
+    prepare_process,
+    saved_bytes,
+)
+
+INIT_STREAM, LEARN_STREAM, ACT_STREAM, REPLAY_STREAM, PREFILL_STREAM = range(5)
+"""A run's independent streams of randomness."""
+
+
+def build_agent(config: Config, spaces: Spaces, device: torch.device) -> Agent:
+    """An agent with weights drawn from the run's seed. Raises BadInput where it cannot fit into memory."""
+    try:
+        operations = ops.load(config.run.kernels)
+    except NotImplementedError as error:
+        raise BadInput(f"--kernels {config.run.kernels}: {error}; use --kernels reference.") from None
+    with torch.device("meta"):
+        need, free = state_bytes(Agent(spaces, config, operations)), available_memory(device)
+    if need > free:
+        raise BadInput(
+            f"--size {config.size} needs {need / 1e9:.1f} GB for weights, gradients and optimisers and {device} has "
+            f"{free / 1e9:.1f} GB free: choose a smaller one."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(torch.device("cpu"), config.seed, INIT_STREAM).initial_seed())
+        return Agent(spaces, config, operations).to(device)
+
+
+def state_bytes(agent: nn.Module) -> int:
+    """Bytes of weights and slow copies, and of a gradient and Adam's two moments for each trainable weight."""
+    tensors = [*agent.parameters(), *agent.buffers()]
+    trainable = [p for p in agent.parameters() if p.requires_grad]
+    return sum(t.numel() * t.element_size() for t in tensors) + 3 * sum(p.numel() * 4 for p in trainable)
+
+
+class Trainer:
+    """One run: everything it is made of, and its loop. Use as a context manager, which closes the environments."""
+
+    def __init__(self, config: Config, run: Path | None, *, resume: bool = False):
+        """`run`: its folder, made already; None for a dry run, which writes nothing. Raises BadInput."""
+        self.config, self.run_folder = config, run
+        self.device = choose_device(config.run.device)
+        prepare_process(self.device)
+        replay_device = torch.device("cpu") if config.replay.replay_device == "cpu" else self.device
+        self.decisions = 0
+        self.envs = envs.make(config.task, config.env, config.seed)
+        try:
+            self.agent = build_agent(config, self.envs.spaces, self.device)
+            self.optimizers = self.agent.make_optimizers()
+            print(describe(self.envs.spaces, config.replay.replay_capacity, replay_device), flush=True)
+            self.replay = Replay(
+                self.envs.spaces,
+                config.env.envs,
+                config.replay.replay_capacity,
+                device=replay_device,
+                pin=replay_device != self.device,
+            )
+            self.noise = generator(self.device, config.seed, LEARN_STREAM)
+            self.act_noise = generator(self.device, config.seed, ACT_STREAM)
+            self.draws = generator(replay_device, config.seed, REPLAY_STREAM)
+            self.batches = Batches(self._draw, replay_device, self.device)
+            self.learner = Learner(self._update)
+            self.stage = Stager(self.device)
+            self.carry = self.agent.initial_carry(config.env.envs, self.device)
+            self.returns = np.zeros(config.env.envs)
+            self.lengths = np.zeros(config.env.envs, np.int64)
+            self.restarts = 0
+            self.logged_at = 0
+            self.pending: Step | None = None
+            self.checkpoints = Checkpoints(run) if run is not None else None
+            if resume:
+                self._restore()
+            self.log: logger.Logger | None = None
+            if run is not None:
+                self.log = logger.Logger(
+                    run, total_frames=config.run.frames, resume_at_frames=self.frames if resume else None
+                )
+        except BaseException:
+            self.envs.close()
+            raise
+
+    def __enter__(self) -> "Trainer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.envs.close()
+        if self.log is not None:
+            self.log.close()
+
+    @property
+    def frames(self) -> int:
+        """Environment frames so far: decisions times action repeat."""
+        return self.decisions * self.config.env.action_repeat
+
+    @property
+    def updates_due(self) -> int:
+        """Updates that the decisions so far call for: the train ratio, exact from the first decision after prefill."""
+        trained = max(0, self.decisions - self.config.replay.prefill)
+        ratio = Fraction(str(self.config.replay.train_ratio))
+        return int(trained * ratio / (self.config.optim.batch_size * self.config.optim.batch_length))
+
+    def _draw(self) -> dict[str, torch.Tensor]:
+        optim = self.config.optim
+        uniform = torch.rand(optim.batch_size, dtype=torch.float64, generator=self.draws, device=self.draws.device)
+        return self.replay.sample(uniform, optim.batch_length)
+
+    def _update(self) -> dict[str, torch.Tensor]:
+        return self.agent.update(self.batches(), self.agent.draw_update_noise(self.noise), self.optimizers)
+
+    def iterate(self) -> None:
+        """One row of every environment, and the updates that it makes due."""
+        step = self.envs.recv() if self.pending is None else self.pending
+        self._account(step)
+        rows = self.stage(step)
+        self.carry = self.agent.act(rows, self.carry, self.agent.draw_act_noise(len(step.reward), self.act_noise))
+        if self.decisions < self.config.replay.prefill:
+            self.carry = Carry(self.carry.state, self._random_action().to(self.device))
+        self.envs.send(self.carry.action.cpu().numpy())
+        self.replay.add(rows)
+        while self.learner.updates < self.updates_due:
+            self.learner.step()
+        self.pending = self.envs.recv()
+
+    def _random_action(self) -> torch.Tensor:
+        """Uniform actions (N, A), drawn afresh from the count of decisions."""
+        rows, spaces = self.config.env.envs, self.envs.spaces
+        rng = np.random.default_rng([self.config.seed, PREFILL_STREAM, self.decisions])
+        if spaces.discrete:
+            return nn.functional.one_hot(
+                torch.from_numpy(rng.integers(spaces.action, size=rows)), spaces.action
+            ).float()
+        return torch.from_numpy(rng.uniform(-1, 1, (rows, spaces.action)).astype(np.float32))
+
+    def _account(self, step: Step) -> None:
+        """Counts a row's decisions, and its episodes' returns and lengths."""
+        self.decisions += int((~step.is_first).sum())
+        self.returns = np.where(step.is_first, 0, self.returns + step.reward)
+        self.lengths = np.where(step.is_first, 0, self.lengths + 1)
+        for i in np.flatnonzero(step.is_last):
+            if self.log is not None:
+                self.log.episode(self.frames, float(self.returns[i]), int(self.lengths[i]))
+
+    def train(self) -> None:
+        """Runs to the end of the budget, a signal, or an error; then evaluates. Raises BadInput, NonFinite."""
+        assert self.log is not None
+        run, stop = self.config.run, _Signals()
+        saved, evaluated = time.monotonic(), self.frames
+        with stop:
+            while self.frames < run.frames and not stop.received:
+                self.iterate()
+                if self.learner.updates >= self.logged_at + run.log_every:
+                    self.logged_at = self.learner.updates
+                    self.log.scalars(self.frames, self.learner.means() | self._counters(), self.learner.updates)
+                self.log.progress(self.frames, self.learner.updates)
+                if run.eval_every and self.frames - evaluated >= run.eval_every:
+                    evaluated += run.eval_every
+                    self.evaluate()
+                if time.monotonic() - saved > run.checkpoint_every:
+                    self.save()
+                    saved = time.monotonic()
+            self.save()
+        if stop.received:
+            self.log.message(f"stopped by {stop.received.name}; go on with: {self.resume_command}")
+            raise SystemExit(128 + stop.received)
+        self.evaluate(final=True)
+
+    @property
+    def resume_command(self) -> str:
+        return f"python -m fastdreamer.train --resume {self.run_folder}"
+
+    def _counters(self) -> dict[str, float]:
+        if self.envs.restarts > self.restarts:
+            assert self.log is not None
+            self.log.message(f"environments were restarted after a crash or hang, {self.envs.restarts} times so far")
+            self.restarts = self.envs.restarts
+        return {"replay/steps": len(self.replay), "envs/restarts": self.envs.restarts}
+
+    def evaluate(self, *, final: bool = False) -> Evaluation:
+        """Evaluates the agent as it is, records the result, and redraws the run's pictures."""
+        assert self.log is not None and self.run_folder is not None
+        result = evaluate(self.agent, self.config, self.device, episodes=self.config.run.eval_episodes)
+        self.log.scalars(self.frames, {"eval/return_mean": result.mean, "eval/return_std": result.std})
+        frames = video(result)
+        if frames is not None:
+            self.log.video("eval/episode", self.frames, frames)
+        pictures = [report.learning_curve(self.run_folder)]
+        dreamt = dream(self.agent, result, self.device)
+        if dreamt is not None:
+            true, imagined, context = dreamt
+            pictures.append(self.run_folder / "dream.gif")
+            report.dream_gif(true, imagined, pictures[-1], context=context)
+            side_by_side = np.concatenate([true[0], imagined[0]], 2)
+            self.log.video("eval/dream", self.frames, side_by_side)
+        self.log.message(f"evaluation: return {result.mean:.2f} ± {result.std:.2f} over {len(result.returns)} episodes")
+        if final:
+            self.log.message("pictures: " + ", ".join(str(path) for path in pictures))
+        return result
+
+    def save(self) -> Path:
+        """Writes a checkpoint. Raises NonFinite rather than keep weights that a bad loss reached, and BadInput."""
+        assert self.checkpoints is not None and self.run_folder is not None
+        learner = self.learner.state()
+        if self.pending is None:
+            self.pending = self.envs.recv()
+        state = {
+            "agent": self.agent.state_dict(),
+            "optimizers": {k: v.adam.state_dict() for k, v in self.optimizers._asdict().items()},
+            "generators": {k: v.get_state() for k, v in self._generators().items()},
+            "learner": learner,
+            "decisions": self.decisions,
+            "logged_at": self.logged_at,
+            "carry": {"deter": self.carry.state.deter, "stoch": self.carry.state.stoch, "action": self.carry.action},
+            "pending": {k: v for k, v in vars(self.pending).items() if v is not None},
+            "episodes": {"returns": self.returns, "lengths": self.lengths},
+            "envs": self.envs.state(),
+        }
+        return self.checkpoints.save(self.learner.updates, state, self.replay)
+
+    def _generators(self) -> dict[str, torch.Generator]:
+        return {"learn": self.noise, "act": self.act_noise, "replay": self.draws}
+
+    def _restore(self) -> None:
+        """Takes the last good checkpoint up. Raises BadInput."""
+        assert self.checkpoints is not None
+        state = self.checkpoints.load(replay=self.replay, expected=shapes({"agent": self.agent.state_dict()}))
+        self.agent.load_state_dict(state["agent"])
+        for name, optimizer in self.optimizers._asdict().items():
+            optimizer.adam.load_state_dict(state["optimizers"][name])
+        for name, noise in self._generators().items():
+            noise.set_state(state["generators"][name])
+        self.learner.load(state["learner"])
+        self.decisions, self.logged_at = state["decisions"], state["logged_at"]
+        carry = {k: v.to(self.device) for k, v in state["carry"].items()}
+        self.carry = Carry(State(carry["deter"], carry["stoch"]), carry["action"])
+        self.pending = Step(**{"image": None, "vector": None} | state["pending"])
+        self.returns, self.lengths = state["episodes"]["returns"], state["episodes"]["lengths"]
+        lost = self.envs.restore(state["envs"])
+        if lost:
+            print(f"environments {lost} could not be restored: they begin new episodes", flush=True)
+
+
+class _Signals:
+    """Notes the first SIGINT or SIGTERM, so that the loop can save and stop; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+        print(f"{self.received.name}: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
+        signal.signal(number, self._before[self.received])
+
+
+def dry_run(config: Config) -> None:
+    """Builds everything, runs one update on random actions' rows, and prints parameters, memory and losses."""
+    with Trainer(config, None) as trainer:
+        agent = trainer.agent
+        for name, module in [*agent.world_model.named_children(), *agent.behavior.named_children()]:
+            print_module(name, module)
+        total = sum(p.numel() for p in agent.parameters() if p.requires_grad)
+        print(f"total: {total:,} trainable parameters")
+        while trainer.replay.added < config.optim.batch_length:
+            step = trainer.envs.recv()
+            trainer.replay.add(trainer.stage(step))
+            trainer.envs.send(trainer._random_action().numpy())
+        metrics: dict[str, torch.Tensor] = {}
+        activations = saved_bytes(lambda: metrics.update(trainer._update()))
+        replay = Replay.bytes(trainer.envs.spaces, config.replay.replay_capacity)
+        parts = {"weights, gradients, optimisers": state_bytes(agent), "activations": activations, "replay": replay}
+        print("memory: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items()), end="")
+        print(f", together {sum(parts.values()) / 1e9:.2f} GB")
+        for name, value in metrics.items():
+            print(f"{name}: {value.item():.4f}")
+
+
+def print_module(name: str, module: nn.Module) -> None:
+    """One line for the module, one for each of its parameters."""
+    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if trainable:
+        print(f"{name}: {trainable:,} parameters")
+        for parameter, value in module.named_parameters():
+            print(f"    {parameter} {tuple(value.shape)}")
+
+
+def run_command(command: Command, why: str) -> None:
+    """Carries the command out. Raises BadInput, NonFinite and SystemExit."""
+    config = command.config
+    print(why, flush=True)
+    if config.run.compile:
+        print("--compile is accepted; this version has no compiled update yet and runs eagerly", flush=True)
+    if command.dry_run:
+        dry_run(config)
+        return
+    if command.resume is not None:
+        run = Path(command.resume)
+    else:
+        run = logger.new_run(Path(config.run.logdir), config.task, asdict(config))
+    print(f"run: {run}", flush=True)
+    with Trainer(config, run, resume=command.resume is not None) as trainer:
+        try:
+            trainer.train()
+        except NonFinite as error:
+            last = trainer.checkpoints.latest() if trainer.checkpoints else None
+            mend = f"resume from {last} with: {trainer.resume_command}" if last else "no checkpoint was written yet"
+            raise SystemExit(f"error: {error.name} became {error.value} at update {error.update}; {mend}.") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: exit code 0; 2 with one sentence for bad input; 1 for a loss that is not finite."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run_command(*parse_command(argv, cuda=torch.cuda.is_available()))
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        print("error: memory ran out: lower --batch-size, --size or --replay-capacity.", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
