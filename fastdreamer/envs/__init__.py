@@ -1,0 +1,86 @@
+"""Environments by the name of a task: `make(task, config, seed)` gives N of them, stepped in worker processes.
+
+`base` says what a row and a batch are, `pool` holds the workers, `worker` is what runs in them. A family of tasks is a
+module with `build(name, config, seed, count, first_index) -> BatchEnv`. Nothing here imports torch.
+"""
+
+import os
+
+from fastdreamer.config import BadInput, EnvConfig
+from fastdreamer.envs.base import BatchEnv, Spaces, Step, nearest
+from fastdreamer.envs.pool import Environments
+from fastdreamer.envs.protocol import Job
+
+__all__ = ["Environments", "Spaces", "Step", "build", "make", "tasks"]
+
+FAMILIES = ("dmc", "atari", "envpool", "gym")
+
+
+def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -> Environments:
+    """`config.envs` environments of `task`; environment i is seeded with `seed` + i.
+
+    Returns when every worker has built its share. `evaluation` plays `eval_background` behind the frames instead of
+    `background`. Raises BadInput for an unknown task, an observation it lacks, an unsupported space, a missing extra
+    or a missing OpenGL.
+    """
+    family, _, name = task.partition("/")
+    if family not in FAMILIES or not name:
+        raise BadInput(
+            f"--task {task} is of no known family (dmc/, atari/, envpool/ or gym/){nearest(task, tasks(), '')}."
+        )
+    if not 0 <= seed < 2**30:
+        raise BadInput(f"--seed is {seed} and must be at least 0 and less than 2**30.")
+    folder = config.eval_background if evaluation else config.background
+    videos = None
+    if folder is not None:
+        from fastdreamer.envs import background
+
+        videos = str(background.prepare(folder))
+    return Environments(task, config, seed, workers=_workers(task, config), evaluation=evaluation, videos=videos)
+
+
+def tasks() -> list[str]:
+    """Full names of all tasks that can be made here; without those of a family whose package is not installed.
+
+    Imports the packages, so a trainer should ask for it only where it is about to end.
+    """
+    from fastdreamer.envs import atari, dmc, envpool, gym
+
+    names: list[str] = []
+    for family, listed in (("dmc", dmc.tasks), ("envpool", envpool.ids), ("gym", gym.ids)):
+        try:
+            names += [f"{family}/{name}" for name in listed()]
+        except BadInput:
+            continue
+    return sorted(names + [f"atari/{game}" for game in atari.GAMES])
+
+
+def build(job: Job) -> BatchEnv:
+    """One worker's share of the environments, in the worker. Raises BadInput as `make` does."""
+    family, _, name = job.task.partition("/")
+    config, seed, count, first_index = job.config, job.seed, job.count, job.first_index
+    if family == "dmc":
+        from fastdreamer.envs import dmc
+
+        return dmc.build(name, config, seed, count, first_index, job.evaluation, job.videos)
+    if family == "atari":
+        from fastdreamer.envs import atari
+
+        return atari.build(name, config, seed, count, first_index)
+    if family == "envpool":
+        from fastdreamer.envs import envpool
+
+        return envpool.build(name, config, seed, count, first_index)
+    from fastdreamer.envs import gym
+
+    return gym.build(name, config, seed, count, first_index)
+
+
+def _workers(task: str, config: EnvConfig) -> int:
+    if config.workers:
+        return min(config.workers, config.envs)
+    # EnvPool steps its environments in threads, and cheap ones faster than a message takes; but it renders one frame
+    # at a time, and environments in Python have one interpreter to share.
+    renders = task.startswith("dmc/") and config.obs != "vector"
+    python = task.startswith("gym/") or config.backend == "dm_control"
+    return min(config.envs, len(os.sched_getaffinity(0))) if renders or python else 1

@@ -3,7 +3,9 @@
 Nothing here (nor anywhere in `fastdreamer.envs`) imports torch: worker processes must start in a moment.
 """
 
+import difflib
 import importlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Protocol
@@ -94,3 +96,10 @@ def optional(module: str, task: str, extra: str = "envs") -> ModuleType:
         if error.name is None or module.split(".")[0] != error.name.split(".")[0]:
             raise
         raise BadInput(f"--task {task} needs {module}: pip install 'fastdreamer[{extra}]'.") from None
+
+
+def nearest(name: str, names: Iterable[str], prefix: str) -> str:
+    """The end of a sentence that refuses `name`: the names nearest in spelling, or nothing where none is near."""
+    folded = {known.lower(): known for known in names}
+    close = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=0.5)
+    return ": nearest are " + ", ".join(prefix + folded[match] for match in close) if close else ""

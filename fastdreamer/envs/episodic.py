@@ -22,7 +22,7 @@ class SingleEnv(Protocol):
     def spaces(self) -> Spaces: ...
 
     def reset(self, seed: int) -> Observation:
-        """Starts an episode; `seed` (0 <= seed < 2**31) decides everything random in it, a background video included."""
+        """Starts an episode; `seed` (0 <= seed < 2**31) decides all that is random in it, a video too."""
         ...
 
     def step(

@@ -1,0 +1,91 @@
+"""A user's own Gymnasium environment: `gym/<Id>`, or `gym/<module>:<Id>` where importing `module` registers it."""
+
+import importlib
+from typing import Any
+
+import numpy as np
+
+from fastdreamer.config import BadInput, EnvConfig
+from fastdreamer.envs.adapt import SpaceAdapter
+from fastdreamer.envs.base import Spaces, nearest, optional
+from fastdreamer.envs.episodic import EpisodicBatch, Observation
+
+
+def ids() -> list[str]:
+    """Every Id that Gymnasium knows before a module of the user's registers others."""
+    return sorted(optional("gymnasium", "gym/...").envs.registration.registry)
+
+
+def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int) -> EpisodicBatch:
+    """`count` environments `gym/<name>`. Raises BadInput for an unknown module or Id and an unsupported space."""
+    task = f"gym/{name}"
+    gymnasium = optional("gymnasium", task)
+    module, _, identity = name.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
+            raise BadInput(
+                f"--task {task}: there is no module {error.name} in the current directory or among the installed "
+                "packages; run where it lies, or install it."
+            ) from None
+
+    def make(index: int) -> GymEnv:
+        try:
+            env = gymnasium.make(identity, disable_env_checker=True)
+        except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv):
+            known = list(gymnasium.envs.registration.registry)
+            raise BadInput(
+                f"--task {task} is not registered with Gymnasium (write gym/<module>:<Id> to import the module that "
+                f"registers it){nearest(identity, known, 'gym/' + (module and module + ':'))}."
+            ) from None
+        except gymnasium.error.DependencyNotInstalled as error:
+            raise BadInput(f"--task {task} needs a package that is not installed: {error}") from None
+        return GymEnv(env, task, config)
+
+    return EpisodicBatch(make, seed, count, first_index)
+
+
+class GymEnv:
+    """A Gymnasium environment as a `SingleEnv`: each action is held for `action_repeat` frames, rewards are summed."""
+
+    def __init__(self, env: Any, task: str, config: EnvConfig) -> None:
+        self._env, self._repeat = env, config.action_repeat
+        self._adapter = SpaceAdapter(env.observation_space, env.action_space, config.obs, task)
+
+    @property
+    def spaces(self) -> Spaces:
+        return self._adapter.spaces
+
+    def reset(self, seed: int) -> Observation:
+        observation, _ = self._env.reset(seed=seed)
+        return self._observe(observation)
+
+    def step(
+        self, action: np.ndarray, render: bool = True
+    ) -> tuple[np.ndarray | None, np.ndarray | None, float, bool, bool]:
+        native = self._adapter.action(action[None])[0]
+        observation, total, terminated, truncated = None, 0.0, False, False
+        for _ in range(self._repeat):
+            observation, reward, terminated, truncated, _ = self._env.step(native)
+            total += float(reward)
+            if terminated or truncated:
+                break
+        image, vector = self._observe(observation) if render else (None, None)
+        return image, vector, total, bool(terminated or truncated), bool(terminated)
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _observe(self, observation: Any) -> Observation:
+        batch = _batch_of_one(observation)
+        image, vector = self._adapter.image(batch), self._adapter.vector(batch)
+        return None if image is None else image[0], None if vector is None else vector[0]
+
+
+def _batch_of_one(observation: Any) -> Any:
+    if isinstance(observation, dict):
+        return {key: _batch_of_one(value) for key, value in observation.items()}
+    return np.asarray(observation)[None]

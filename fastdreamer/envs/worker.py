@@ -1,0 +1,102 @@
+"""`python -m fastdreamer.envs.worker PIPE MEMORY PARENT`: a process that steps environments for `Environments`.
+
+Started afresh rather than forked, so that neither torch nor the trainer's main module is ever loaded here, and an
+environment's threads and OpenGL contexts stay its own.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from fastdreamer.config import BadInput
+from fastdreamer.envs import build
+from fastdreamer.envs.base import BatchEnv, Spaces, Step
+from fastdreamer.envs.episodic import EpisodicBatch
+from fastdreamer.envs.protocol import Built, Job, Refused, Replay, attach, expand, rows
+
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(pipe: Connection, memory: int) -> None:
+    """Builds what the first message says and steps it until the trainer closes the pipe."""
+    job: Job = pipe.recv()
+    try:
+        batch = build(job)
+        pipe.send(Built(batch.spaces, isinstance(batch, EpisodicBatch)))
+        replay: Replay | None = pipe.recv()
+        shown, taken = attach(memory, job.total, batch.spaces)
+        out, action = rows(shown, job.slice), taken[job.slice]
+        if replay is None:
+            batch.reset(out)
+            out.action[:] = 0
+        else:
+            _replay(batch, replay, out, pipe, beat=min(5.0, job.config.timeout / 4))
+    except BadInput as refusal:
+        pipe.send(Refused(str(refusal)))
+        return
+    pipe.send("row")
+    while pipe.recv() == "step":
+        batch.step(action, out)
+        _record_action(action, out)
+        pipe.send("row")
+
+
+def _replay(batch: BatchEnv, replay: Replay, out: Step, pipe: Connection, beat: float) -> None:
+    """Takes past actions without rendering, except the last, whose rows are written."""
+    spaces: Spaces = batch.spaces
+    begins: dict[int, list[int]] = {}
+    for i, start in enumerate(replay.start.tolist()):
+        begins.setdefault(start, []).append(i)
+    said = time.monotonic()
+    length = len(replay.actions)
+    for t in range(length + 1):
+        if isinstance(batch, EpisodicBatch):
+            for i in begins.get(t, []):
+                batch.begin(i, int(replay.episode[i]), out)
+                out.action[i] = 0
+        elif t == 0:
+            batch.reset(out)
+            out.action[:] = 0
+        if t < length - 1:
+            batch.skip(expand(replay.actions[t], spaces))
+        elif t == length - 1:
+            action = expand(replay.actions[t], spaces)
+            batch.step(action, out)
+            _record_action(action, out)
+        if time.monotonic() - said > beat:
+            said = time.monotonic()
+            pipe.send("alive")
+
+
+def _record_action(action: np.ndarray, out: Step) -> None:
+    out.action[:] = action
+    out.action[out.is_first] = 0
+
+
+def _die_with(parent: int) -> None:
+    """Has the kernel kill this process when the trainer's ends, however it ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def main() -> None:
+    pipe, memory, parent = (int(argument) for argument in sys.argv[1:])
+    # Ctrl-C is the trainer's to answer: it may want a last checkpoint of these environments.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _die_with(parent)
+    # A module of the user's lies in the directory the trainer runs in.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
+        serve(Connection(pipe), memory)
+
+
+if __name__ == "__main__":
+    main()
