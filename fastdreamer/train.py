@@ -212,7 +212,8 @@ class Trainer:
 
     def evaluate(self, *, final: bool = False) -> Evaluation:
         """Evaluates the agent as it is, records the result, and redraws the run's pictures."""
-        assert self.log is not None and self.run_folder is not None
+        assert self.log is not None
+        assert self.run_folder is not None
         result = evaluate(self.agent, self.config, self.device, episodes=self.config.run.eval_episodes)
         self.log.scalars(self.frames, {"eval/return_mean": result.mean, "eval/return_std": result.std})
         frames = video(result)
@@ -233,7 +234,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Writes a checkpoint. Raises NonFinite rather than keep weights that a bad loss reached, and BadInput."""
-        assert self.checkpoints is not None and self.run_folder is not None
+        assert self.checkpoints is not None
         learner = self.learner.state()
         if self.pending is None:
             self.pending = self.envs.recv()

@@ -22,6 +22,9 @@ Batch = dict[str, Tensor]
 """Rows (B, T): image uint8 (3, 64, 64) and/or vector float32 (V), action float32 (A) (the one that led to the row),
 reward float32 (the one that arrived with the row), is_first, is_last, is_terminal bool."""
 
+LOOKING = 4
+"""Sequences of a batch that a decoder without influence learns from: the decoder is the costliest head by far."""
+
 
 class ModelLoss(NamedTuple):
     """The loss to minimise, its parts (scalars, before weights), and what behaviour starts from."""
@@ -84,8 +87,7 @@ class WorldModel(nn.Module):
         if self.action is not None:
             nll["action"] = self.past_action_loss(embed, features, batch)
         if self.decoder is not None:
-            shaping = model.decoder == "attached"
-            nll["decoder"] = self.decoder.loss(features if shaping else features.detach(), batch)
+            nll["decoder"] = self.decoder_loss(features, batch)
 
         parts = {name: loss.mean() for name, loss in nll.items()}
         parts |= {"dyn": kl.dyn.mean(), "rep": kl.rep.mean()}
@@ -117,6 +119,16 @@ class WorldModel(nn.Module):
         action = action_distribution(params, self.discrete, self.config.model.unimix, self.ops)
         loss = -action.log_prob(batch["action"][:, 1:]).masked_fill(batch["is_first"][:, 1:], 0)
         return torch.cat([torch.zeros_like(loss[:, :1]), loss], 1)
+
+    def decoder_loss(self, features: Tensor, batch: Batch) -> Tensor:
+        """-log p(o_t | s_t) up to constants, (B, T), or (LOOKING, T) where the decoder is for looking only.
+
+        Then it has no gradient into the latents, and a few of the sequences are enough to train it on.
+        """
+        assert self.decoder is not None
+        if self.config.model.decoder == "attached":
+            return self.decoder.loss(features, batch)
+        return self.decoder.loss(features[:LOOKING].detach(), {name: field[:LOOKING] for name, field in batch.items()})
 
     def dream(self, batch: Batch, uniform: Tensor, context: int) -> dict[str, Tensor]:
         """Reconstructions (B, T, ...): `context` posterior steps, then the prior alone along the true actions.
