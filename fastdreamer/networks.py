@@ -37,6 +37,11 @@ def linear(inputs: int, outputs: int, *, bias: bool, zero: bool = False) -> nn.L
     return layer
 
 
+def scale_image(image: Tensor) -> Tensor:
+    """uint8 pixels to floats in [-0.5, 0.5]."""
+    return image.float().div_(255).sub_(0.5)
+
+
 class LayerNormAct(nn.Module):
     """LayerNorm and SiLU over the last axis of (..., C)."""
 
@@ -128,7 +133,7 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image: Tensor, *, batch_stats: bool) -> Tensor:
         # (..., 3, 64, 64) -> (M, 3, 64, 64)
-        x = image.flatten(0, -4).contiguous(memory_format=torch.channels_last) / 255 - 0.5
+        x = scale_image(image.flatten(0, -4).contiguous(memory_format=torch.channels_last))
         for conv, norm in zip(self.convs, self.norms, strict=True):
             # The norm works on channels-last (M, h, w, C); both permutes are views.
             x = norm(conv(x).permute(0, 2, 3, 1), batch_stats=batch_stats).permute(0, 3, 1, 2)
@@ -206,7 +211,7 @@ class Decoder(nn.Module):
         loss = features.new_zeros(features.shape[:-1])
         if self.image is not None:
             # (..., 3, 64, 64) -> (...)
-            loss = loss + (self.image(features) - (obs["image"] / 255 - 0.5)).square().sum((-3, -2, -1))
+            loss = loss + (self.image(features) - scale_image(obs["image"])).square().sum((-3, -2, -1))
         if self.vector is not None:
             loss = loss + (self.vector(features) - symlog(obs["vector"])).square().sum(-1)
         return loss
