@@ -36,7 +36,7 @@ LIVE_INTERVAL = 0.25  # seconds between redraws of the live display
 SAMPLE_INTERVAL = 0.5  # seconds between the samples that speeds are taken from
 SAMPLES = 60
 TENSORBOARD_FLUSH = 5.0  # seconds
-VIDEO_FRAME = 50  # milliseconds
+FRAME_TIME = 50  # milliseconds of an animation's frame
 RGB = 3  # TensorBoard's code for it
 
 
@@ -117,6 +117,17 @@ def _parse(line: str) -> dict[str, float] | None:
     except (ValueError, TypeError, AttributeError):
         return None
     return row if "frames" in row else None
+
+
+def encode_gif(frames: np.ndarray, *, frame_time: int = FRAME_TIME, pause: int = 0) -> bytes:
+    """uint8 (T, H, W, 3) as an animated GIF that repeats: `frame_time` ms a frame, the last one `pause` ms longer."""
+    from PIL import Image
+
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    times = [frame_time] * len(others) + [frame_time + pause]
+    encoded = io.BytesIO()
+    first.save(encoded, "GIF", save_all=True, append_images=others, duration=times, loop=0)
+    return encoded.getvalue()
 
 
 class Logger:
@@ -389,13 +400,9 @@ class _TensorBoard:
         self._add(step=frames, summary=self._summary(value=points))
 
     def video(self, tag: str, frames: int, array: np.ndarray) -> None:
-        from PIL import Image
-
         _, height, width, _ = array.shape
-        first, *others = [Image.fromarray(frame) for frame in array]
-        encoded = io.BytesIO()
-        first.save(encoded, "GIF", save_all=True, append_images=others, duration=VIDEO_FRAME, loop=0)
-        image = self._summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=encoded.getvalue())
+        gif = encode_gif(array)
+        image = self._summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=gif)
         self._add(step=frames, summary=self._summary(value=[self._summary.Value(tag=tag, image=image)]))
 
     def close(self) -> None:
