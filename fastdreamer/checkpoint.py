@@ -11,6 +11,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -125,19 +126,24 @@ class Checkpoints:
 
     def _write_chunks(self, replay: Replay) -> None:
         self._chunks = self._stored(replay)
-        rows_each = max(1, CHUNK_BYTES // sum(field[0].nbytes for field in replay.fields.values()))
+        each = max(1, CHUNK_BYTES // sum(field[0].nbytes for field in replay.fields.values()))
         first = _stop(self._chunks[-1]) if self._chunks else replay.oldest
-        for start in range(first, replay.added - rows_each + 1, rows_each):
-            scratch = self.chunk_folder / f"{_SCRATCH}{start}"
-            rows = replay.rows(start, start + rows_each)
-            chunk = {
-                "first": start,
-                "rows": rows_each,
-                **_write(scratch, lambda file, rows=rows: _save_rows(rows, file)),
-            }
-            os.replace(scratch, self.chunk_folder / _chunk_name(chunk))
-            self._chunks = [*self._chunks, chunk]
+        starts = range(first, replay.added - each + 1, each)
+        threads = min(8, len(os.sched_getaffinity(0)))
+        # Frames of natural video deflate at some 30 MB/s a thread, and the run waits. Rows are read in this thread,
+        # whose CUDA stream wrote them, and only a few chunks of them at a time.
+        with ThreadPoolExecutor(threads) as pool:
+            for i in range(0, len(starts), threads):
+                parts = [(start, replay.rows(start, start + each)) for start in starts[i : i + threads]]
+                self._chunks = [*self._chunks, *pool.map(self._write_chunk, *zip(*parts, strict=True))]
         _sync(self.chunk_folder)
+
+    def _write_chunk(self, first: int, rows: Mapping[str, np.ndarray]) -> dict[str, int]:
+        scratch = self.chunk_folder / f"{_SCRATCH}{first}"
+        written = _write(scratch, lambda file: _save_rows(rows, file))
+        chunk = {"first": first, "rows": len(rows["reward"]), **written}
+        os.replace(scratch, self.chunk_folder / _chunk_name(chunk))
+        return chunk
 
     def _prune(self) -> None:
         """Deletes the checkpoints beyond `keep`, damaged ones first, and the files of rows that none of them names."""
@@ -330,7 +336,7 @@ def _save_state(encoded: Any, file: BinaryIO) -> None:
 
 
 def _save_rows(rows: Mapping[str, np.ndarray], file: BinaryIO) -> None:
-    """Writes the .npz that np.savez_compressed would, at the level that costs a third of the time."""
+    """Writes the .npz that np.savez_compressed would, at the level that takes less than half of the time."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         for name, array in rows.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
