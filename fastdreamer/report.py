@@ -36,7 +36,9 @@ DREAM_FRAME_TIME = 100  # milliseconds
 DREAM_PAUSE = 1000
 # What the panel of losses leaves out: the sum of the others, and the two KL losses, which are `kl` above a floor.
 SKIPPED_LOSSES = ("model", "dyn", "rep")
+BACKGROUND_TABLE, PLAIN_TABLE, ATARI_TABLE = "dmc20_natural_background_1m", "dmc20_no_distractors_1m", "atari100k"
 PRINTED = ("mudreamer", "dreamerv3")
+PRINTED_AGGREGATES = ("Mean", "Median", "#Superhuman", "Human Mean", "Human Median")
 # Names that the published tables print otherwise than environments do; compared without case and punctuation.
 PRINTED_NAMES = {"ballincupcatch": "cupcatch", "choppercommand": "choppercom", "kungfumaster": "kungfumas"}
 
@@ -167,6 +169,11 @@ def printed_table(name: str) -> dict[str, dict[str, str]]:
     return {row.pop(key): row for row in rows}
 
 
+def task_rows(table: str) -> dict[str, dict[str, str]]:
+    """As `printed_table`, without the rows of aggregates."""
+    return {label: row for label, row in printed_table(table).items() if label not in PRINTED_AGGREGATES}
+
+
 def printed_scores(task: str, *, background: bool, pixels: bool) -> dict[str, str] | None:
     """The published scores of `task` by method, as printed, from the table that fits the run; None where there is none.
 
@@ -177,10 +184,8 @@ def printed_scores(task: str, *, background: bool, pixels: bool) -> dict[str, st
         return None
     wanted = _bare(name)
     wanted = PRINTED_NAMES.get(wanted, wanted)
-    for label, row in printed_table("dmc20_natural_background_1m" if family == "dmc" else "atari100k").items():
-        if _bare(label) == wanted and label not in ("Mean", "Median"):
-            return row
-    return None
+    rows = task_rows(BACKGROUND_TABLE if family == "dmc" else ATARI_TABLE)
+    return next((row for label, row in rows.items() if _bare(label) == wanted), None)
 
 
 def _bare(name: str) -> str:
@@ -483,17 +488,22 @@ def _notes(runs: Sequence[Run]) -> list[str]:
     plain = [run for run in pixels if run.config.task.startswith("dmc/") and not run.config.env.background]
     atari = [run for run in pixels if run.config.task.startswith("atari/")]
     if any(_printed(run) for run in background):
-        table = printed_table("dmc20_natural_background_1m")
-        quoted = ", ".join(f"{name} {table['Mean'][name]} / {table['Median'][name]}" for name in PRINTED)
+        printed = printed_table(BACKGROUND_TABLE)
+        scores = {name: [float(row[name]) for row in task_rows(BACKGROUND_TABLE).values()] for name in PRINTED}
+        quoted = ", ".join(
+            f"{name} {printed['Mean'][name]} / {printed['Median'][name]} (from its rows "
+            f"{statistics.mean(scores[name]):.1f} / {statistics.median(scores[name]):.1f})"
+            for name in PRINTED
+        )
         notes.append(
             "published: 1M frames, 3 seeds, natural backgrounds; "
             f"over the 20 tasks, mean / median as printed: {quoted}."
         )
         notes += _aggregates(background, normalise=False)
     if any(_in_suite(run) for run in plain):
-        table = printed_table("dmc20_no_distractors_1m")
         quoted = ", ".join(
-            f"{name} {row['mean']}" + (f" / {row['median']}" if row["median"] else "") for name, row in table.items()
+            f"{name} {row['mean']}" + (f" / {row['median']}" if row["median"] else "")
+            for name, row in printed_table(PLAIN_TABLE).items()
         )
         notes.append(
             "Without distractors only aggregates over 20 tasks were published, not a task's score; 1M frames, "
@@ -501,8 +511,13 @@ def _notes(runs: Sequence[Run]) -> list[str]:
         )
         notes += _aggregates(plain, normalise=False)
     if any(_printed(run) for run in atari):
-        table = printed_table("atari100k")
-        quoted = ", ".join(f"{name} {table['Human Mean'][name]} / {table['Human Median'][name]}" for name in PRINTED)
+        printed, rows = printed_table(ATARI_TABLE), task_rows(ATARI_TABLE).values()
+        scores = {name: [human_normalised(float(row[name]), row) for row in rows] for name in PRINTED}
+        quoted = ", ".join(
+            f"{name} {printed['Human Mean'][name]} / {printed['Human Median'][name]} (from its rows "
+            f"{statistics.mean(scores[name]):.0%} / {statistics.median(scores[name]):.0%})"
+            for name in PRINTED
+        )
         notes.append(f"published: 400k frames; human-normalised mean / median over the 26 games as printed: {quoted}.")
         notes += _aggregates(atari, normalise=True)
     return notes
@@ -612,7 +627,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.plot is not None:
             combined_curve(runs, options.plot)
     except BadInput as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
