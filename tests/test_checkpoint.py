@@ -178,6 +178,7 @@ def test_a_resumed_run_goes_on_with_the_files_there_are(tmp_path: Path):
     keeper.save(2, state_of(2), twin)
     after = chunk_files(tmp_path)
     assert {name: after[name] for name in before} == before
+    assert len(after) == 60 // 8
     again = make_replay()
     Checkpoints(tmp_path).load(replay=again)
     assert_same_replay(again, replay)
@@ -247,7 +248,9 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, how: str, name: str
     saved = resumed.save(2, state_of(2), twin)
     assert set(resumed.folder.iterdir()) == {resumed.folder / "000000000001", saved}
     assert resumed.latest() == saved
-    assert_same(Checkpoints(tmp_path).load(), state_of(2))
+    # The damaged one's name is free again, and means a good one now.
+    assert resumed.save(2, state_of(3), twin) == path
+    assert_same(Checkpoints(tmp_path).load(), state_of(3))
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing"])
