@@ -1,9 +1,6 @@
-# make setup | train | test | lint. ARGS goes on to the trainer or to pytest; PYTHON names another interpreter.
+# make setup | train | test | lint. ARGS goes on to the trainer or to pytest; PYTHON=... names the interpreter to use.
 
-# A shim may exist for a version that is not installed, so each candidate has to run to count.
-PYTHON ?= $(firstword $(shell for python in python3 python3.11 python3.12 python3.13; do \
-	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python; done))
-
+CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13)
 STAMP := .venv/.installed
 BIN := .venv/bin
 
@@ -21,16 +18,23 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# A candidate has to run to count: a shim may exist for a version that is not installed.
 # Debian ships venv without ensurepip unless python3-venv is installed; the interpreter's own pip can then fill the
 # environment from outside, which needs no root.
 $(STAMP): pyproject.toml
-	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "fastdreamer needs Python 3.11 or newer: install it, or name it with make PYTHON=/path/to/python3.11." >&2; \
-		exit 1; }
-	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv .venv >/dev/null 2>&1 || { \
-		$(PYTHON) -m venv --clear --without-pip .venv && \
-		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } || { \
-		echo "$(PYTHON) can make no environment in .venv: install pip and venv for it (apt install python3-venv)." >&2; \
-		exit 1; }
+	@for python in $(CANDIDATES); do \
+		$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && break; python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "fastdreamer needs Python 3.11 or newer: install it, or name it by make PYTHON=/path/to/python3.11." >&2; \
+		exit 1; \
+	fi; \
+	$(BIN)/python -c 'import pip' 2>/dev/null || $$python -m venv .venv >/dev/null 2>&1 || { \
+		$$python -m venv --clear --without-pip .venv && \
+		$$python -m pip --python $(BIN)/python install --quiet pip; \
+	} || { \
+		echo "$$python cannot make an environment in .venv: install pip and venv for it (apt install python3-venv)." >&2; \
+		exit 1; \
+	}
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -e '.[envs,video,dev]'
 	@touch $@
