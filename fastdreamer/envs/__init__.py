@@ -30,12 +30,14 @@ def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -
         )
     if not 0 <= seed < 2**30:
         raise BadInput(f"--seed is {seed} and must be at least 0 and less than 2**30.")
-    folder = config.eval_background if evaluation else config.background
+    option, folder = (
+        ("--eval-background", config.eval_background) if evaluation else ("--background", config.background)
+    )
     videos = None
     if folder is not None:
         from fastdreamer.envs import background
 
-        videos = str(background.prepare(folder))
+        videos = background.prepare(folder, option)
     return Environments(task, config, seed, workers=_workers(task, config), evaluation=evaluation, videos=videos)
 
 

@@ -1,5 +1,6 @@
 """EnvPool's environments as a `BatchEnv`: `envpool/<Id>`."""
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -41,8 +42,10 @@ class EnvPoolBatch:
     ) -> None:
         envpool = optional("envpool", task)
         self._pool = envpool.make(name, env_type="gymnasium", num_envs=count, seed=seed, num_threads=threads, **options)
-        self._adapter = SpaceAdapter(self._pool.observation_space, self._pool.action_space, obs, task)
-        self._dtype = np.int32 if self._adapter.spaces.discrete else self._pool.action_space.dtype
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about bounds that a cast to float32 makes infinite
+            self._adapter = SpaceAdapter(self._pool.observation_space, self._pool.action_space, obs, task)
+            self._dtype = np.int32 if self._adapter.spaces.discrete else self._pool.action_space.dtype
         self._repeat, self._ids = repeat, np.arange(count, dtype=np.int32)
         self.spaces = self._adapter.spaces
 
