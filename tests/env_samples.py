@@ -36,6 +36,15 @@ class Vector(Sample):
     action_space = spaces.Box(np.array([-2, 0], np.float32), np.array([2, 10], np.float32))
 
 
+class Varied(Vector):
+    """Episodes of 2 to 8 steps."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        first = super().reset(seed=seed)
+        self.length = int(self.np_random.integers(2, 9))
+        return first
+
+
 class Frames(Sample):
     """Box image, Discrete actions from -1 to 1; ends for good."""
 
@@ -115,5 +124,5 @@ class Unseeded(Vector):
         return np.array([self.t, *self.taken, float.fromhex(os.urandom(3).hex())], np.float32)
 
 
-for _kind in (Vector, Frames, Parts, Odd, Faulty, Hanging, Broken, Stillborn, Unseeded):
+for _kind in (Vector, Varied, Frames, Parts, Odd, Faulty, Hanging, Broken, Stillborn, Unseeded):
     gymnasium.register(f"{_kind.__name__}-v0", entry_point=f"{__name__}:{_kind.__name__}")

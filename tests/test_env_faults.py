@@ -81,27 +81,29 @@ def test_an_environment_that_cannot_work_is_refused_with_its_last_words(name, wo
 
     with pytest.raises(BadInput, match=rf"{name}-v0: .* \(exit code 1\) 3 times in a row.*{words}") as refusal:
         use()
-    log = Path(str(refusal.value).split("are in ")[1].split(")")[0])
+    log = Path(str(refusal.value).split("came before in ")[1].split(")")[0])
     assert "Traceback" in log.read_text()
     log.unlink()
 
 
-def test_workers_end_with_the_trainer_and_close_leaves_none(tmp_path):
-    code = (
-        "import sys, time; from fastdreamer import envs; from fastdreamer.config import EnvConfig\n"
-        f"e = envs.make({SAMPLE + 'Vector-v0'!r}, EnvConfig(envs=2, workers=2, obs='vector'), 0); e.recv()\n"
-        "pids = [g._process.pid for g in e._groups]\n"
-        "print(*pids, flush=True); time.sleep(1000)"
+def test_idle_and_hanging_workers_end_with_the_trainer():
+    script = (
+        "import time; from fastdreamer import envs; from fastdreamer.config import EnvConfig\n"
+        "config = EnvConfig(envs=2, workers=2, obs='vector', action_repeat=1)\n"
+        f"e = envs.make({SAMPLE + 'Hanging-v0'!r}, config, 0)\n"
+        "for step in range(3): e.recv(); e.send(e._taken * 0)\n"
+        "print(*[g._process.pid for g in e._groups], flush=True); time.sleep(1000)"
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout is not None
         pids = [int(pid) for pid in trainer.stdout.readline().split()]
-        assert len(pids) == 2
+        assert wait_for(Path(os.environ["FAULT"]).exists), "one hangs now"
+        assert [gone(pid) for pid in pids] == [False, False]
         trainer.kill()
     assert wait_for(lambda: all(map(gone, pids)))
 
 
-def test_interrupts_are_left_to_the_trainer_and_nothing_is_left_behind():
+def test_interrupts_are_left_to_the_trainer_and_close_leaves_nothing_behind():
     script = (
         "import os, signal, warnings; from fastdreamer import envs; from fastdreamer.config import EnvConfig\n"
         f"with envs.make({SAMPLE + 'Vector-v0'!r}, EnvConfig(envs=2, workers=2, obs='vector'), 0) as e:\n"

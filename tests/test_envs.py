@@ -133,6 +133,10 @@ class TestEnvPool:
         with pytest.raises(BadInput, match=r"envpool/Catch-v9 .*nearest are .*envpool/Catch-v0"):
             envpool.build("Catch-v9", EnvConfig(), 0, 1, 0)
 
+    def test_several_players_are_refused(self):
+        with pytest.raises(BadInput, match="2 players"):
+            envpool.build("IntersectionMultiAgent-v0", EnvConfig(obs="vector"), 0, 1, 0)
+
 
 class TestAtari:
     def test_pong_follows_the_protocol(self):
@@ -339,7 +343,7 @@ class TestContinuation:
         ("task", "config", "steps", "under_way"),
         [("envpool/Catch-v0", EnvConfig(envs=3, action_repeat=1), 14, True),
          ("atari/pong", EnvConfig(envs=1, action_repeat=4), 60, False),
-         (SAMPLE + "Vector-v0", EnvConfig(envs=3, obs="vector", action_repeat=1, workers=2), 12, False),
+         (SAMPLE + "Varied-v0", EnvConfig(envs=4, obs="vector", action_repeat=1, workers=1), 23, False),
          (SAMPLE + "Frames-v0", EnvConfig(envs=2, action_repeat=1, workers=1), 11, True)],
     )  # fmt: skip
     def test_goes_on_bit_for_bit(self, task, config, steps, under_way):
@@ -361,13 +365,13 @@ class TestContinuation:
 
     def test_goes_on_with_the_workers_there_were_and_more_than_once(self):
         config = EnvConfig(envs=3, obs="vector", action_repeat=1, workers=2)
-        with envs.make(SAMPLE + "Vector-v0", config, seed=5) as environments:
+        with envs.make(SAMPLE + "Varied-v0", config, seed=5) as environments:
             environments.recv()
             taken = actions(environments.spaces, 20, 3)
             run(environments, taken[:5])
             state = environments.state()
             expected = run(environments, taken[5:])
-        with envs.make(SAMPLE + "Vector-v0", replace(config, workers=1), seed=5) as again:
+        with envs.make(SAMPLE + "Varied-v0", replace(config, workers=1), seed=5) as again:
             assert again.restore(state) == []
             run(again, taken[5:9])
             assert again.restore(again.state()) == []

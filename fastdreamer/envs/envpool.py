@@ -21,8 +21,11 @@ def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int)
     pool = optional("envpool", task)
     if name not in pool.list_all_envs():
         raise BadInput(f"--task {task} is not one of EnvPool's tasks{nearest(name, pool.list_all_envs(), 'envpool/')}.")
+    spec = pool.make_spec(name).config
     # The model is recurrent: of stacked frames the newest says what is new.
-    newest = {"stack_num": 1} if "stack_num" in pool.make_spec(name).config._fields else {}
+    newest = {"stack_num": 1} if "stack_num" in spec._fields else {}
+    if spec.max_num_players > 1:
+        raise BadInput(f"--task {task} has {spec.max_num_players} players, and one is served: choose another.")
     return EnvPoolBatch(
         name, task, obs=config.obs, repeat=config.action_repeat, seed=seed + first_index, count=count, **newest
     )

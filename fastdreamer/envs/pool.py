@@ -47,6 +47,11 @@ class _Group:
         self._memory = memory
         self.launch()
 
+    @property
+    def patience(self) -> float:
+        """Seconds that the first answers may take."""
+        return max(_START_TIMEOUT, self.job.config.timeout)
+
     def launch(self) -> None:
         """Starts the process; `built` and `begin` follow."""
         self.begun = False
@@ -68,7 +73,7 @@ class _Group:
         self._send(self.job)
 
     def built(self) -> Spaces:
-        message = self._receive(_START_TIMEOUT)
+        message = self._receive(self.patience)
         assert isinstance(message, Built)
         self.journal = Journal(self.job.count, message.spaces, message.episodic)
         return message.spaces
@@ -96,8 +101,8 @@ class _Group:
         self._stderr.close()
 
     def words(self) -> list[str]:
-        """What the process wrote to its standard output and error."""
-        self._stderr.seek(0)
+        """The end of what the process wrote to its standard output and error."""
+        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 2**16))
         lines = self._stderr.read().decode(errors="replace").splitlines()
         return [line.rstrip() for line in lines if line.strip()]
 
@@ -235,9 +240,10 @@ class Environments:
     def restore(self, state: dict[str, np.ndarray]) -> list[int]:
         """Goes on from `state()` of an object made with the same arguments (the number of workers becomes the saved).
 
-        Actions are replayed without rendering; this takes as long as they took to step. Returns the environments that
-        could not be brought back (forgotten actions, or rows unlike those of before): their next rows are `is_first`,
-        under a new seed. Raises BadInput where the state is of other environments.
+        Actions are replayed, without rendering where frames are rendered apart; that takes as long as stepping did.
+        Returns the environments that could not be brought back (forgotten actions, or a last row unlike that of
+        before, in them or in another of their worker): their next rows are `is_first`, under a new seed. Raises
+        BadInput where the state is of other environments.
         """
         if len(state["episode"]) != self.num_envs or state["pending"].shape[1:] != (self.spaces.action,):
             raise BadInput(
@@ -262,7 +268,7 @@ class Environments:
             replayed.append(group)
         for group in replayed:
             try:
-                group.wait(max(_START_TIMEOUT, self._timeout))
+                group.wait(group.patience)
                 shown = _checksum(rows(self._shared, group.job.slice))
                 same = np.array_equal(shown, state["checksum"][group.job.slice])
             except _Died:
@@ -329,7 +335,7 @@ class Environments:
     def _await(self, group: _Group, deadline: float) -> None:
         while True:
             try:
-                seconds = max(_START_TIMEOUT, self._timeout) if group.fresh else deadline - time.monotonic()
+                seconds = group.patience if group.fresh else deadline - time.monotonic()
                 group.wait(max(0.0, seconds))
                 return
             except _Died as death:
@@ -347,7 +353,7 @@ class Environments:
                 kept.write("\n".join(words) + "\n")
             raise BadInput(
                 f"--task {group.job.task}: its environment process {death} {group.deaths} times in a row{last} "
-                f"(all of them are in {kept.name}); mend the environment, or give it a longer --timeout."
+                f"(with what came before in {kept.name}); mend the environment, or give it a longer --timeout."
             )
         self.restarts += 1
         _LOG.warning("an environment process %s%s; it is restarted, and its episodes are over", death, last)
