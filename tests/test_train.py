@@ -1,0 +1,361 @@
+"""Whole runs, made tiny: what they leave behind, that they repeat and resume bit for bit, and how they end."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from fastdreamer import evaluate, train
+from fastdreamer.checkpoint import Checkpoints
+from fastdreamer.config import parse_command
+from fastdreamer.logger import read_metrics
+from fastdreamer.train import Trainer
+
+HERE = Path(__file__).parent
+SMALL = [
+    "--size",
+    "tiny",
+    "--batch-size",
+    "2",
+    "--batch-length",
+    "5",
+    "--horizon",
+    "2",
+    "--prefill",
+    "20",
+    "--replay-capacity",
+    "2000",
+    "--log-every",
+    "4",
+    "--train-ratio",
+    "1",
+]
+DEMO = [*SMALL, *["--preset", "demo", "--envs", "3", "--eval-episodes", "4"]]
+GYM = [*SMALL, *["--task", "gym/env_samples:Vector-v0", "--obs", "vector", "--envs", "2", "--eval-episodes", "2"]]
+TASKS = {"demo": DEMO, "gym": GYM}
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(HERE)
+
+
+def run(arguments: Sequence[str], logdir: Path) -> Path:
+    """Trains, in this process, and gives the run's folder."""
+    before = set(logdir.glob("*"))
+    assert train.main([*arguments, "--logdir", str(logdir)]) == 0
+    (folder,) = set(logdir.glob("*")) - before
+    return folder
+
+
+def state_of(folder: Path) -> dict:
+    return Checkpoints(folder).load()
+
+
+def differences(a: object, b: object, name: str = "") -> list[str]:
+    """Names of all entries in which two checkpoints' states differ in any bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b}, key=str)
+        return [d for key in keys for d in differences(a.get(key), b.get(key), f"{name}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{name}.{i}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [name]
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return [] if a.dtype == b.dtype and np.array_equal(a, b) else [name]
+    return [] if a == b else [name]
+
+
+def episodes(folder: Path) -> list[tuple[float, float]]:
+    return [(row["frames"], row["episode/return"]) for row in read_metrics(folder) if "episode/return" in row]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_resumed_run_equals_one_in_one_go(task: str, tmp_path: Path) -> None:
+    whole = run([*TASKS[task], "--frames", "120"], tmp_path)
+    half = run([*TASKS[task], "--frames", "60"], tmp_path)
+    assert train.main(["--resume", str(half), "--frames", "120"]) == 0
+    assert not differences(state_of(whole), state_of(half))
+    assert episodes(whole) == episodes(half)
+    assert len(episodes(whole)) > 5
+    # Not one state for every run.
+    other = run([*TASKS[task], "--frames", "120", "--seed", "1"], tmp_path)
+    assert any("agent" in name for name in differences(state_of(whole), state_of(other)))
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run([*DEMO, "--frames", "120", "--eval-every", "60", "--compile"], tmp_path)
+    out = capsys.readouterr().out
+    assert out.startswith("preset demo (envpool/Catch-v0, size tiny) as --preset says")
+    assert "--compile is accepted" in out
+    assert "replay: 2,000 steps, 0.0 GB on cpu" in out
+    assert re.fullmatch(r"envpool_Catch-v0-\d{8}-\d{6}", folder.name)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["config"]["env"]["envs"] == 3
+    assert {"python", "torch", "envpool"} <= config["versions"].keys()
+    for name in ("metrics.jsonl", "learning_curve.png", "dream.gif"):
+        assert (folder / name).stat().st_size > 0
+    assert list(folder.glob("events.out.tfevents*"))
+    rows = list(read_metrics(folder))
+    losses = [row for row in rows if "loss/model" in row]
+    assert {"loss/reward", "loss/value", "loss/action", "loss/dyn", "grad/model", "behavior/entropy"} <= losses[
+        0
+    ].keys()
+    assert len([row for row in rows if "eval/return_mean" in row]) >= 2
+    assert all(np.isfinite(row["loss/model"]) for row in losses)
+
+    assert evaluate.main([str(folder), "--episodes", "5", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result) == {"return_mean", "return_std", "returns"}
+    assert len(result["returns"]) == 5
+    assert set(result["returns"]) <= {-1.0, 1.0}
+    assert result["return_mean"] == pytest.approx(np.mean(result["returns"]))
+    assert result["return_std"] == pytest.approx(np.std(result["returns"]))
+    assert evaluate.main([str(folder), "--episodes", "5", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == result
+    assert evaluate.main([str(folder), "--episodes", "1", "--video"]) == 0
+    assert (folder / "evaluation.gif").stat().st_size > 0
+    assert "over 1 episodes" in capsys.readouterr().out
+
+
+def test_train_ratio_is_exact(tmp_path: Path) -> None:
+    command, _ = parse_command([*DEMO, "--train-ratio", "0.7", "--frames", "500"], cuda=False)
+    with Trainer(command.config, None) as trainer:
+        for _ in range(40):
+            trainer.iterate()
+            due = max(0, trainer.decisions - 20) * 0.7 / (2 * 5)
+            assert trainer.learner.updates == int(due + 1e-9)
+        # Each Catch episode is 9 decisions and a first row; the row in flight is not counted yet.
+        assert trainer.decisions == 3 * (40 - 4)
+        assert len(trainer.replay) == 3 * 40
+
+
+def test_prefill_is_random_and_then_the_policy_acts() -> None:
+    command, _ = parse_command([*GYM, "--prefill", "30"], cuda=False)
+    with Trainer(command.config, None) as trainer:
+        nn_actor = trainer.agent.behavior.actor
+        torch.nn.init.zeros_(nn_actor.out.weight)
+        with torch.no_grad():
+            # A policy far outside what the random one can do: mean 1, standard deviation 0.1.
+            nn_actor.out.bias.copy_(torch.tensor([20.0, 20.0, -20.0, -20.0]))
+        seen = []
+        for _ in range(40):
+            before = trainer.decisions
+            trainer.iterate()
+            seen.append((before, trainer.carry.action.numpy().copy()))
+        early = np.concatenate([a for d, a in seen if d < 28])
+        late = np.concatenate([a for d, a in seen if d > 32])
+        assert np.abs(early).max() <= 1
+        assert early.std() > 0.4
+        assert abs(late.mean() - 1) < 0.1
+
+
+def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*DEMO, "--dry-run", "--logdir", str(tmp_path / "none")]) == 0
+    out = capsys.readouterr().out
+    assert "total: 377,655 trainable parameters" in out
+    assert re.search(r"encoder: [\d,]+ parameters\n    image\.convs\.0\.weight \(4, 3, 4, 4\)", out)
+    assert re.search(r"memory: .*activations .*replay 0\.02 GB, together", out)
+    assert re.search(r"loss/model: \d+\.\d+", out)
+    assert not (tmp_path / "none").exists()
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run([*DEMO, "--frames", "60"], tmp_path)
+    good = Checkpoints(folder).latest()
+    update = train.Trainer._update
+
+    def poisoned(self: Trainer) -> dict[str, torch.Tensor]:
+        metrics = update(self)
+        if self.learner.updates == 6:
+            metrics["loss/reward"] = metrics["loss/reward"] * float("nan")
+        return metrics
+
+    monkeypatch.setattr(train.Trainer, "_update", poisoned)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--resume", str(folder), "--frames", "300"])
+    message = str(stopped.value.code)
+    assert "loss/reward became nan at update 7" in message
+    assert f"resume from {good} with: python -m fastdreamer.train --resume {folder}" in message
+    assert Checkpoints(folder).latest() == good
+
+
+# Ends of all kinds, from outside
+
+
+def start(arguments: Sequence[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "fastdreamer.train", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < limit, "nothing came"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_and_stop(number: signal.Signals, tmp_path: Path) -> None:
+    process = start([*DEMO, "--frames", "1000000", "--logdir", str(tmp_path)])
+    wait_for(lambda: any("loss/model" in path.read_text() for path in tmp_path.glob("*/metrics.jsonl")), process)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, out
+    (folder,) = tmp_path.iterdir()
+    assert f"stopped by {number.name}; go on with: python -m fastdreamer.train --resume {folder}" in out
+    assert "Traceback" not in out
+    frames = state_of(folder)["decisions"]
+    assert train.main(["--resume", str(folder), "--frames", str(frames + 30)]) == 0
+    assert state_of(folder)["decisions"] >= frames + 30
+
+
+def test_killed_at_any_moment_it_resumes(tmp_path: Path) -> None:
+    """Kill -9 twenty times: the last checkpoint always loads, and in the end all is as if nothing had happened."""
+    rng = random.Random(0)
+    arguments = [*DEMO, "--checkpoint-every", "0.05"]
+    process = start([*arguments, "--frames", "1000000", "--logdir", str(tmp_path)])
+    wait_for(lambda: any(tmp_path.glob("*/checkpoints/*/manifest.json")), process)
+    (folder,) = tmp_path.iterdir()
+    reached = 0
+    for attempt in range(20):
+        if attempt:
+            process = start(["--resume", str(folder)])
+            begun = Checkpoints(folder).latest()
+            # Some die while they start, the others while they train and save.
+            if attempt % 4:
+                wait_for(lambda begun=begun: Checkpoints(folder).latest() != begun, process)
+        time.sleep(rng.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        decisions = state_of(folder)["decisions"]
+        assert decisions >= reached
+        reached = decisions
+    assert reached > 100
+    frames = reached + 60
+    assert train.main(["--resume", str(folder), "--frames", str(frames)]) == 0
+    whole = run([*arguments, "--frames", str(frames)], tmp_path / "whole")
+    assert not differences(state_of(whole), state_of(folder))
+    assert episodes(whole) == episodes(folder)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--task", "dmc/walker_wlak"], r"--task dmc/walker_wlak .*dmc/walker_walk"),
+        (["--task", "atari/pnog"], r"--task atari/pnog.*atari/pong"),
+        (["--task", "envpool/Cach-v0"], r"envpool/Cach-v0.*Catch-v0"),
+        (["--task", "catch"], r"--task catch has no family"),
+        (["--task", "gym/env_samples:Odd-v0", "--obs", "vector"], r"Tuple"),
+        (["--task", "gym/env_samples:Vector-v0"], r"--obs vector"),
+        (["--preset", "general"], r"--preset general has no task"),
+        (["--backend", "dm_control"], r"--backend dm_control is for dmc/ tasks"),
+        (["--render", "fast"], r"--render fast is for dmc/ tasks"),
+        (["--background", "videos"], r"--background needs frames of a dmc/ task"),
+        (["--preset", "dmc", "--background", "videos"], r"--background needs --eval-background"),
+        (["--preset", "dmc", "--background", "none", "--eval-background", "nil"], r"none"),
+        (["--batch-length", "1"], r"--batch-length is 1"),
+        (["--envs", "0"], r"--envs is 0"),
+        (["--gamma", "1.5"], r"--gamma is 1.5"),
+        (["--prefill", "3"], r"--prefill is 3.*--batch-length"),
+        (["--replay-capacity", "100"], r"--replay-capacity is 100.*--prefill"),
+        (["--replay-capacity", "900000000"], r"--replay-capacity 900000000 needs 11\d+\.\d GB.*lower it"),
+        (["--actor-gradient", "dynamics"], r"--actor-gradient dynamics needs continuous"),
+        (["--kernels", "fused"], r"--kernels fused.*--kernels reference"),
+        (["--device", "cuda"], r"--device cuda.*--device cpu"),
+        (["--resume", "nowhere"], r"There is no run at nowhere"),
+        (["--resume", "nowhere", "--task", "atari/pong"], r"--task cannot change in a resumed run"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    assert train.main([*arguments, "--logdir", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert re.search(expected, error), error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_unknown_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--no-such-option"])
+    assert stopped.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert train.main([*DEMO, "--logdir", str(tmp_path / "file")]) == 2
+    assert "--logdir" in capsys.readouterr().err
+
+
+def test_checkpoints_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run([*DEMO, "--frames", "30"], tmp_path)
+    capsys.readouterr()
+    assert train.main(["--resume", str(folder), "--size", "XS"]) == 2
+    assert re.search(r"of another shape.*--size", capsys.readouterr().err)
+    (checkpoint,) = (folder / "checkpoints").glob("0*")
+    state = checkpoint / "state.pt"
+    state.write_bytes(state.read_bytes()[:-100])
+    assert train.main(["--resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert "state.pt" in error
+    assert "Traceback" not in error
+    assert evaluate.main([str(folder)]) == 2
+    assert evaluate.main([str(folder), "--episodes", "0"]) == 2
+    assert evaluate.main([str(tmp_path / "nothing")]) == 2
+
+
+def test_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(train, "available_memory", lambda device: 100_000_000)
+    assert train.main([*DEMO, "--size", "XL", "--dry-run"]) == 2
+    assert re.search(r"--size XL needs \d+\.\d GB", capsys.readouterr().err)
+
+
+# Every kind of environment trains
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        pytest.param(["--task", "dmc/walker_walk"], marks=pytest.mark.opengl, id="walker_walk pixels"),
+        pytest.param(
+            ["--task", "dmc/cartpole_balance", "--render", "fast"], marks=pytest.mark.opengl, id="cartpole fast pixels"
+        ),
+        pytest.param(["--task", "dmc/cartpole_balance", "--obs", "vector"], id="cartpole vector"),
+        pytest.param(["--task", "atari/pong"], id="pong"),
+        pytest.param(["--task", "gym/env_samples:Frames-v0"], id="gym pixels"),
+        pytest.param(["--task", "gym/env_samples:Parts-v0", "--obs", "both"], id="gym both"),
+        pytest.param(["--task", "gym/env_samples:Vector-v0", "--obs", "vector", "--objective", "dreamerv3"], id="v3"),
+    ],
+)
+def test_short_run(arguments: list[str], tmp_path: Path) -> None:
+    command, _ = parse_command([*SMALL, *arguments, "--envs", "2"], cuda=False)
+    with Trainer(command.config, tmp_path) as trainer:
+        while trainer.learner.updates < 4:
+            trainer.iterate()
+        trainer.learner.settle()
+        assert all(np.isfinite(value) for value in trainer.learner.means().values())
+        trainer.save()
+    resumed = replace(command.config, run=replace(command.config.run, frames=10**6))
+    with Trainer(resumed, tmp_path, resume=True) as trainer:
+        assert trainer.learner.updates == 4
+        trainer.iterate()
