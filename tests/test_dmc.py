@@ -18,6 +18,11 @@ from fastdreamer.envs.base import Step
 VECTOR = EnvConfig(obs="vector")
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
 def fresh(function: Callable, *args: Any) -> Any:
     """`function(*args)` in a process of its own: the two backends' OpenGL must not meet in one."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:

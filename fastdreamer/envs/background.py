@@ -63,12 +63,15 @@ def _decode_all(files: list[Path], target: Path, where: str) -> None:
         _write_header(out, 0)
         for path in files:
             try:
-                frames = np.stack(list(islice(_decode(path), MAX_FRAMES)))
+                decoded = list(islice(_decode(path), MAX_FRAMES))
+                if not decoded:
+                    raise ValueError("no frame")
             except (av.error.FFmpegError, OSError, ValueError) as error:
-                skipped.append(f"{path.name} ({str(error).splitlines()[0]})")
+                skipped.append(f"{path.name} ({error})")
                 continue
-            out.write(frames.tobytes())
-            ends.append((ends[-1] if ends else 0) + len(frames))
+            for frame in decoded:
+                out.write(frame.tobytes())
+            ends.append((ends[-1] if ends else 0) + len(decoded))
             if len(ends) == MAX_VIDEOS:
                 break
         if not ends:
