@@ -123,7 +123,9 @@ def encode_gif(frames: np.ndarray, *, frame_time: int = FRAME_TIME, pause: int =
     """uint8 (T, H, W, 3) as an animated GIF that repeats: `frame_time` ms a frame, the last one `pause` ms longer."""
     from PIL import Image
 
-    first, *others = [Image.fromarray(frame) for frame in frames]
+    # The usual median cut gives rare colours (a border, a swatch) away to shades of the frequent ones.
+    method = Image.Quantize.MAXCOVERAGE
+    first, *others = [Image.fromarray(frame).quantize(method=method) for frame in frames]
     times = [frame_time] * len(others) + [frame_time + pause]
     encoded = io.BytesIO()
     first.save(encoded, "GIF", save_all=True, append_images=others, duration=times, loop=0)

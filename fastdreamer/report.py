@@ -57,6 +57,17 @@ class Series:
         start = np.maximum(end - window, 0)
         return Series(self.frames, (total[end] - total[start]) / (end - start))
 
+    def curve(self) -> "Series":
+        """The running mean to draw: one value at each count of frames, where several episodes may have ended."""
+        smooth = self.smooth(self.window)
+        last = np.append(np.diff(smooth.frames) > 0, True)[: len(smooth.frames)]
+        return Series(smooth.frames[last], smooth.values[last])
+
+    @property
+    def window(self) -> int:
+        """Values that `curve` takes the mean of."""
+        return max(20, len(self.values) // 40)
+
 
 @dataclass(frozen=True)
 class Run:
@@ -235,8 +246,7 @@ def _learning_curve(run: Run) -> Path:
     episodes = run.episodes
     if len(episodes.values):
         upper.plot(*_xy(episodes), ".", color=SKY, alpha=0.35, markersize=3.5, markeredgewidth=0, label="episode")
-        window = max(RECENT_EPISODES, len(episodes.values) // 40)
-        upper.plot(*_xy(episodes.smooth(window)), color=BLUE, linewidth=2, label=f"mean of {window} episodes")
+        upper.plot(*_xy(episodes.curve()), color=BLUE, linewidth=2, label=f"mean of {episodes.window} episodes")
     if len(run.evaluation.values):
         upper.errorbar(
             *_xy(run.evaluation), yerr=np.nan_to_num(run.evaluation_std), fmt="o", color=RED, markersize=5, capsize=3,
@@ -299,7 +309,7 @@ def combined_curve(runs: Sequence[Run], path: Path) -> Path:
 
 
 def _draw_seeds(axes: "Axes", seeds: Sequence[Run], colour: str, method: str) -> None:
-    curves = [run.episodes.smooth(max(RECENT_EPISODES, len(run.episodes.values) // 40)) for run in seeds]
+    curves = [run.episodes.curve() for run in seeds]
     # Only where every seed has been: beyond it the mean would jump as seeds drop out.
     x = np.linspace(max(curve.frames[0] for curve in curves), min(curve.frames[-1] for curve in curves), 300)
     y = np.stack([np.interp(x, curve.frames, curve.values) for curve in curves])

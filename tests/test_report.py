@@ -136,6 +136,14 @@ def test_printed_means_follow_from_the_rows_and_medians_do_where_the_readme_does
     assert {method for method, difference in medians.items() if abs(difference) > 0.01} == {"mudreamer"}
 
 
+def test_curve_has_one_value_where_episodes_end_together():
+    frames = np.repeat([10.0, 20.0, 30.0], 4)
+    values = np.arange(12.0)
+    curve = report.Series(frames, values).curve()
+    assert curve.frames.tolist() == [10, 20, 30]
+    assert curve.values.tolist() == [values[:4].mean(), values[:8].mean(), values.mean()]
+
+
 def test_tables_are_plain_csv():
     for path in (Path(report.__file__).parent / "published").glob("*.csv"):
         with open(path, newline="") as file:
