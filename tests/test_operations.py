@@ -154,8 +154,9 @@ def test_lambda_return_stops_at_last_rows() -> None:
     pieces = [((0, 3), (3, 8)), ((0, 6), (6, 8)), ((0, 8),)]
     for column, parts in enumerate(pieces):
         for start, stop in parts:
-            rows = (x[start:stop, column : column + 1] for x in (reward, discount, value))
-            torch.testing.assert_close(returns[start:stop, column : column + 1], OPS.lambda_return(*rows, None, 0.95))
+            piece = (slice(start, stop), slice(column, column + 1))
+            alone = OPS.lambda_return(reward[piece], discount[piece], value[piece], None, 0.95)
+            torch.testing.assert_close(returns[piece], alone)
 
 
 def test_gru_gates_written_out() -> None:
@@ -185,6 +186,7 @@ def test_batch_norm_is_that_of_torch(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(ours(x, True), F.silu(norm(x.reshape(-1, 6))).reshape(shape))
     torch.testing.assert_close((mean, var), (norm.running_mean, norm.running_var))
     norm.eval()
+    x = torch.randn(*shape, dtype=torch.float64)
     torch.testing.assert_close(ours(x, False), F.silu(norm(x.reshape(-1, 6))).reshape(shape))
     torch.testing.assert_close((mean, var), (norm.running_mean, norm.running_var))
 
@@ -202,12 +204,14 @@ def test_gradients_against_finite_differences() -> None:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     check = torch.autograd.gradcheck
-    assert check(lambda *a: OPS.gru_gates(*a, 1e-3), (double(3, 12), double(3, 4), double(12), double(12)))
-    assert check(lambda *a: OPS.layer_norm_act(*a, 1e-3), (double(3, 5), double(5), double(5)))
+    assert check(
+        lambda p, h, w, b: OPS.gru_gates(p, h, w, b, 1e-3), (double(3, 12), double(3, 4), double(12), double(12))
+    )
+    assert check(lambda x, w, b: OPS.layer_norm_act(x, w, b, 1e-3), (double(3, 5), double(5), double(5)))
     mean, var = torch.zeros(5, dtype=torch.float64), torch.ones(5, dtype=torch.float64)
     for batch_stats in (True, False):
         assert check(
-            lambda *a, b=batch_stats: OPS.batch_norm_act(*a, mean, var, batch_stats=b, momentum=0.0, eps=1e-3),
+            lambda x, w, b, s=batch_stats: OPS.batch_norm_act(x, w, b, mean, var, batch_stats=s, momentum=0, eps=1e-3),
             (double(4, 5), double(5), double(5)),
         )
     target = torch.randn(3, dtype=torch.float64)
@@ -217,4 +221,4 @@ def test_gradients_against_finite_differences() -> None:
     assert check(lambda p: OPS.kl_balance(fixed, p, 0.01, 0.0).dyn, double(2, 3, 4))
     assert check(lambda q: OPS.kl_balance(q, fixed, 0.01, 0.0).rep, double(2, 3, 4))
     last = torch.rand(6, 2) < 0.3
-    assert check(lambda *a: OPS.lambda_return(*a, last, 0.9), (double(6, 2), double(6, 2), double(6, 2)))
+    assert check(lambda r, d, v: OPS.lambda_return(r, d, v, last, 0.9), (double(6, 2), double(6, 2), double(6, 2)))
