@@ -206,8 +206,8 @@ PRESETS: dict[str, Config] = {
         model=ModelConfig(decoder="detached"),
         behavior=BehaviorConfig(horizon=8, entropy=3e-3),
         optim=OptimConfig(batch_length=10, model_lr=1e-3, behavior_lr=3e-4),
-        replay=ReplayConfig(replay_capacity=50_000, prefill=800, train_ratio=20),
-        run=RunConfig(frames=40_000, eval_episodes=100),
+        replay=ReplayConfig(replay_capacity=40_000, prefill=800, train_ratio=20),
+        run=RunConfig(frames=30_000, eval_episodes=100),
     ),
     "dmc": Config(preset="dmc", task="dmc/walker_walk"),
     "atari": Config(
