@@ -23,7 +23,7 @@ class EnvConfig:
     backend: Literal["envpool", "dm_control"] = "envpool"
     """Who simulates `dmc/` tasks."""
     render: Literal["exact", "fast"] = "exact"
-    """`fast` renders `dmc/` frames without shadows and multisampling: for machines without a GPU."""
+    """`fast` leaves shadows, multisampling and reflections of `dmc/` frames out: for machines without a GPU."""
     background: str | None = None
     """Folder of videos played behind `dmc/` frames while training."""
     eval_background: str | None = None

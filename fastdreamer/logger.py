@@ -61,6 +61,25 @@ def new_run(root: Path, task: str, config: dict[str, Any]) -> Path:
     return run
 
 
+def record_resume(run: Path, config: dict[str, Any]) -> None:
+    """Notes in `run/config.yaml` that the run is resumed: its options from now on, and by which command and commit.
+
+    Raises BadInput where it cannot be written; the file before stays then.
+    """
+    import yaml
+
+    path = run / "config.yaml"
+    try:
+        record = yaml.safe_load(path.read_text())
+        record["config"] = config
+        record.setdefault("resumed", []).append({"git": _commit(), "command": shlex.join(sys.orig_argv)})
+        beside = path.with_suffix(".new")
+        beside.write_text(yaml.safe_dump(record, sort_keys=False))
+        beside.replace(path)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}): make space or the folder writable.") from None
+
+
 def _unused_folder(root: Path, name: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     attempt = 1

@@ -12,7 +12,9 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
         from fastdreamer.envs import rendering
 
         if not rendering.available():
-            skip = pytest.mark.skip(reason="no OpenGL platform library here (apt-get install libegl1 libgl1-mesa-dri)")
+            skip = pytest.mark.skip(
+                reason="no OpenGL platform library here (apt-get install libegl1 libgl1-mesa-dri libopengl0)"
+            )
             for item in marked:
                 item.add_marker(skip)
     if not torch.cuda.is_available():

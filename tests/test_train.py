@@ -89,6 +89,9 @@ def test_resumed_run_equals_one_in_one_go(task: str, tmp_path: Path) -> None:
     assert train.main(["--resume", str(half), "--frames", "120"]) == 0
     assert not differences(state_of(whole), state_of(half))
     assert episodes(whole) == episodes(half)
+    record = yaml.safe_load((half / "config.yaml").read_text())
+    assert record["config"]["run"]["frames"] == 120
+    assert len(record["resumed"]) == 1
     assert len(episodes(whole)) > 5
     # Not one state for every run.
     other = run([*TASKS[task], "--frames", "120", "--seed", "1"], tmp_path)
@@ -328,6 +331,12 @@ def test_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(train, "available_memory", lambda device: 100_000_000)
     assert train.main([*DEMO, "--size", "XL", "--dry-run"]) == 2
     assert re.search(r"--size XL needs \d+\.\d GB", capsys.readouterr().err)
+
+
+def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(Trainer, "_update", lambda self: {"x": torch.empty(2**60)})
+    assert train.main([*DEMO, "--dry-run"]) == 2
+    assert re.search(r"error: memory ran out.*--batch-size", capsys.readouterr().err)
 
 
 # Every kind of environment trains
