@@ -338,11 +338,12 @@ def run_command(command: Command, why: str) -> None:
         return
     if command.resume is not None:
         run = Path(command.resume)
-        logger.record_resume(run, asdict(config))
     else:
         run = logger.new_run(Path(config.run.logdir), config.task, asdict(config))
     print(f"run: {run}", flush=True)
     with Trainer(config, run, resume=command.resume is not None) as trainer:
+        if command.resume is not None:
+            logger.record_resume(run, asdict(config))
         try:
             trainer.train()
         except NonFinite as error:
