@@ -156,7 +156,7 @@ def test_episodes_draw_their_video_and_start_from_seed_environment_and_number(fo
 def rows(backend: Any, videos: str | None, skipped: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Images (T, n, 3, 64, 64), rewards and is_first (T, n): two episodes of three decisions, 400 frames each."""
     config = EnvConfig(obs="pixels", backend=backend, render="fast", action_repeat=400)
-    env = dmc.build("cartpole_swingup", config, SEED, 2, FIRST_INDEX, False, videos)
+    env = dmc.build("cartpole_swingup", config, SEED, 2, FIRST_INDEX, videos)
     taken = [Step.empty(2, env.spaces)]
     env.reset(taken[0])
     for t in range(5):

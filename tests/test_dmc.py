@@ -30,7 +30,7 @@ def fresh(function: Callable, *args: Any) -> Any:
 
 
 def make(name: str, config: EnvConfig, seed: int = 0, count: int = 1, first_index: int = 0) -> Any:
-    return dmc.build(name, config, seed, count, first_index, False, None)
+    return dmc.build(name, config, seed, count, first_index, None)
 
 
 def rollout(env: Any, actions: np.ndarray) -> list[Step]:

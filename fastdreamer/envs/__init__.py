@@ -38,7 +38,7 @@ def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -
         from fastdreamer.envs import background
 
         videos = background.prepare(folder, option)
-    return Environments(task, config, seed, workers=_workers(task, config), evaluation=evaluation, videos=videos)
+    return Environments(task, config, seed, workers=_workers(task, config), videos=videos)
 
 
 def tasks() -> list[str]:
@@ -64,7 +64,7 @@ def build(job: Job) -> BatchEnv:
     if family == "dmc":
         from fastdreamer.envs import dmc
 
-        return dmc.build(name, config, seed, count, first_index, job.evaluation, job.videos)
+        return dmc.build(name, config, seed, count, first_index, job.videos)
     if family == "atari":
         from fastdreamer.envs import atari
 

@@ -12,7 +12,7 @@ from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs import rendering
 from fastdreamer.envs.background import Videos
 from fastdreamer.envs.base import IMAGE_SIZE, Spaces, nearest, optional
-from fastdreamer.envs.dmc import EPISODE_STEPS, Actions, camera, vector
+from fastdreamer.envs.dmc_task import EPISODE_STEPS, Actions, camera, vector
 from fastdreamer.envs.episodic import EpisodicBatch, Observation
 
 

@@ -12,9 +12,7 @@ from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs import rendering
 from fastdreamer.envs.background import Playback, Videos
 from fastdreamer.envs.base import IMAGE_SIZE, BatchEnv, Spaces, Step, nearest, optional
-
-EPISODE_STEPS = 1000
-"""Control steps of an episode, in every task and both backends."""
+from fastdreamer.envs.dmc_task import Actions, camera, vector
 
 # EnvPool's dictionaries are per domain; these entries belong to another task of the domain: zeros, or not in its
 # observation in dm_control.
@@ -37,13 +35,11 @@ def tasks() -> list[str]:
     return sorted(_ids("dmc/..."))
 
 
-def build(
-    name: str, config: EnvConfig, seed: int, count: int, first_index: int, evaluation: bool, videos: str | None
-) -> BatchEnv:
+def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int, videos: str | None) -> BatchEnv:
     """Environments `first_index` to `first_index + count - 1` of a run of `dmc/<name>`.
 
     Environment i of the run follows from `seed` and i alone, however the run is sliced. `videos`: what
-    `background.prepare` returned, already chosen for training or `evaluation`.
+    `background.prepare` returned.
     Raises BadInput for an unknown name, a missing package, and pixels where OpenGL is missing.
     """
     if config.backend == "dm_control":
@@ -51,30 +47,6 @@ def build(
 
         return build_dm_control(name, config, seed, count, first_index, videos)
     return EnvPoolDmc(name, config, seed, count, first_index, videos)
-
-
-def camera(name: str) -> int:
-    """The camera of published pixel results: 0, and 2 for quadrupeds. Every task has it."""
-    return 2 if name.startswith("quadruped_") else 0
-
-
-def vector(observation: dict[str, np.ndarray], batch: int) -> np.ndarray:
-    """A task's observation dictionary -> float32 (batch, V): its entries in the order of their names."""
-    parts = [np.reshape(observation[name], (batch, -1)) for name in sorted(observation)]
-    return np.concatenate(parts, axis=1, dtype=np.float32, casting="same_kind")
-
-
-class Actions:
-    """Rescales actions from [-1, 1] to a task's bounds, float64 (A,) each. Unbounded ones (`lqr`) stay as they are."""
-
-    def __init__(self, low: np.ndarray, high: np.ndarray) -> None:
-        bounded = high - low < 1e9
-        self._centre = np.where(bounded, (low + high) / 2, 0.0)
-        self._half = np.where(bounded, (high - low) / 2, 1.0)
-
-    def __call__(self, action: np.ndarray) -> np.ndarray:
-        """float (..., A), clipped to [-1, 1] -> float64 (..., A)."""
-        return self._centre + self._half * np.clip(action, -1, 1, dtype=np.float64)
 
 
 def _ids(task: str) -> dict[str, str]:

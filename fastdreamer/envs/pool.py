@@ -150,7 +150,6 @@ class Environments:
         seed: int,
         *,
         workers: int,
-        evaluation: bool = False,
         videos: str | None = None,
     ) -> None:
         """Raises BadInput where the task cannot be built, or its process dies three times before a step."""
@@ -165,7 +164,7 @@ class Environments:
         self._groups: list[_Group] = []
         try:
             for first, end in itertools.pairwise(bounds):
-                job = Job(task, config, seed, end - first, first, self.num_envs, evaluation, videos)
+                job = Job(task, config, seed, end - first, first, self.num_envs, videos)
                 self._groups.append(_Group(job, self._memory))
             for group in self._groups:
                 self.spaces = self._build(group)

@@ -28,7 +28,6 @@ class Job:
     count: int
     first_index: int
     total: int
-    evaluation: bool
     videos: str | None
 
     @property
