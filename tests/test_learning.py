@@ -1,0 +1,32 @@
+"""Learning runs, minutes long: `pytest -m slow`. `docs/results.md` shows what they gave, with seeds."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from fastdreamer import train
+
+pytestmark = pytest.mark.slow
+
+CARTPOLE = (
+    "--task dmc/cartpole_balance --obs vector --size tiny --model-lr 1e-3 --behavior-lr 3e-4 --batch-length 32 "
+    "--train-ratio 128 --frames 40000"
+).split()
+
+
+def final_return(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> float:
+    assert train.main([*arguments, "--logdir", str(tmp_path)]) == 0
+    (mean,) = re.findall(r"evaluation: return (-?[\d.]+) ", capsys.readouterr().out)
+    return float(mean)
+
+
+@pytest.mark.timeout(5 * 3600)
+def test_demo_learns_catch_in_four_of_five_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    returns = [final_return(["--preset", "demo", "--seed", str(seed)], tmp_path, capsys) for seed in range(5)]
+    assert sum(value >= 0.9 for value in returns) >= 4, returns
+
+
+@pytest.mark.timeout(5 * 3600)
+def test_cartpole_is_balanced_from_vectors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert final_return(CARTPOLE, tmp_path, capsys) >= 900
