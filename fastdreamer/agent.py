@@ -125,10 +125,9 @@ class Agent(nn.Module):
         metrics |= {f"{'loss' if k in losses else 'behavior'}/{k}": v for k, v in behavior.parts.items()}
 
         # Slow copies
-        rate = self.config.behavior.ema
-        ema_update(self.behavior.slow_critic, self.behavior.critic, rate)
+        ema_update(self.behavior.slow_critic, self.behavior.critic, self.config.behavior.ema)
         if self.value_teacher is not None and self.world_model.value is not None:
-            ema_update(self.value_teacher, self.world_model.value, rate)
+            ema_update(self.value_teacher, self.world_model.value, self.config.model.teacher_ema)
         return metrics
 
 

@@ -96,7 +96,7 @@ class Behavior(nn.Module):
         seen = trajectory.features[:-1].detach()
 
         policy = self.policy(seen)
-        advantage = (returns - value[:-1]) / self.return_scale(returns.detach())
+        advantage = (returns - value[:-1]) / self.update_return_scale(returns.detach())
         if self.through_dynamics:
             objective = advantage
         else:
@@ -115,13 +115,13 @@ class Behavior(nn.Module):
             "imagined_return": returns.mean(),
             "imagined_reward": trajectory.reward[1:].mean(),
             "imagined_value": value.mean(),
-            "return_scale": self.return_range[1] - self.return_range[0],
+            "return_range": self.return_range[1] - self.return_range[0],
             "entropy": entropy.mean(),
             "advantage": advantage.abs().mean(),
         }
         return BehaviorLoss(actor, critic_loss, {name: part.detach() for name, part in parts.items()})
 
-    def return_scale(self, returns: Tensor) -> Tensor:
+    def update_return_scale(self, returns: Tensor) -> Tensor:
         """max(1, range of returns between their 5 % and 95 % percentiles), after the range's EMA took `returns` in."""
         percentiles = torch.quantile(returns.float().flatten(), self.percentiles)
         self.return_range.lerp_(percentiles, 1 - self.config.behavior.return_decay)

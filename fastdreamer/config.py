@@ -84,6 +84,8 @@ class ModelConfig:
     free_nats: float = 1.0
     unimix: float = 0.01
     """Uniform mixed into every categorical."""
+    teacher_ema: float = 0.02
+    """Rate at which the value head's teacher follows it, per update. The paper says `slow`; the rate is our reading."""
 
 
 OBJECTIVES = {
@@ -119,7 +121,7 @@ class BehaviorConfig:
     actor_gradient: Literal["auto", "dynamics", "reinforce"] = "auto"
     """`auto`: through the model's dynamics for continuous actions, REINFORCE for discrete ones."""
     ema: float = 0.02
-    """Rate at which the value teacher and the slow critic follow, per update."""
+    """Rate at which the slow critic follows, per update."""
     return_decay: float = 0.99
     """EMA of the range of imagined returns that scales advantages; the range starts at 0."""
 
@@ -325,16 +327,38 @@ def check(config: Config) -> None:
         "--log-every": config.run.log_every,
         "--model-lr": config.optim.model_lr,
         "--behavior-lr": config.optim.behavior_lr,
+        "--model-eps": config.optim.model_eps,
+        "--behavior-eps": config.optim.behavior_eps,
+        "--model-clip": config.optim.model_clip,
+        "--behavior-clip": config.optim.behavior_clip,
+        "--batch-norm-eps": model.batch_norm_eps,
+        "--unimix": model.unimix,
     }
     for flag, value in positive.items():
         if not value > 0:
             raise BadInput(f"{flag} is {value} and must be more than 0.")
-    for flag, value in {"--workers": env.workers, "--eval-every": config.run.eval_every}.items():
-        if value < 0:
+    at_least_zero = {
+        "--workers": env.workers,
+        "--eval-every": config.run.eval_every,
+        "--entropy": config.behavior.entropy,
+        "--free-nats": model.free_nats,
+        "--beta-pred": model.beta_pred,
+        "--beta-dyn": model.beta_dyn,
+        "--beta-rep": model.beta_rep,
+    }
+    for flag, value in at_least_zero.items():
+        if not value >= 0:
             raise BadInput(f"{flag} is {value} and must be at least 0.")
-    for flag, value in {"--gamma": config.behavior.gamma, "--lam": config.behavior.lam, "--ema": config.behavior.ema,
-                        "--return-decay": config.behavior.return_decay, "--unimix": model.unimix,
-                        "--batch-norm-momentum": model.batch_norm_momentum}.items():  # fmt: skip
+    fractions = {
+        "--gamma": config.behavior.gamma,
+        "--lam": config.behavior.lam,
+        "--ema": config.behavior.ema,
+        "--teacher-ema": model.teacher_ema,
+        "--return-decay": config.behavior.return_decay,
+        "--unimix": model.unimix,
+        "--batch-norm-momentum": model.batch_norm_momentum,
+    }
+    for flag, value in fractions.items():
         if not 0 <= value <= 1:
             raise BadInput(f"{flag} is {value} and must lie between 0 and 1.")
     length, replay = config.optim.batch_length, config.replay

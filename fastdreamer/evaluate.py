@@ -15,9 +15,9 @@ from fastdreamer_kernels import ops
 
 from fastdreamer import envs, report
 from fastdreamer.agent import Agent
-from fastdreamer.checkpoint import Checkpoints, shapes
+from fastdreamer.checkpoint import Checkpoints, check_shapes, shapes
 from fastdreamer.config import BadInput, Config, check, load_config
-from fastdreamer.envs.base import Step
+from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.runtime import Stager, choose_device, generator, prepare_process
 
 SEED_OFFSET = 1_000_000
@@ -112,9 +112,9 @@ def dream(agent: Agent, evaluation: Evaluation, device: torch.device) -> tuple[n
 
 def load_agent(run: Path, config: Config, device: torch.device) -> Agent:
     """The agent of a run's last checkpoint. Raises BadInput where there is none that fits."""
-    with envs.make(config.task, replace(config.env, envs=1), config.seed, evaluation=True) as environments:
-        agent = Agent(environments.spaces, config, ops.load("auto"))
-    state = Checkpoints(run).load(expected=shapes({"agent": agent.state_dict()}))
+    state = Checkpoints(run).load()
+    agent = Agent(Spaces(**state["spaces"]), config, ops.load(config.run.kernels))
+    check_shapes(shapes(agent.state_dict()), shapes(state["agent"]))
     agent.load_state_dict(state["agent"])
     return agent.to(device)
 

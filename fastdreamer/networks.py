@@ -50,7 +50,8 @@ class LayerNormAct(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.ops = ops
 
-    def forward(self, x: Tensor, *, batch_stats: bool) -> Tensor:
+    def forward(self, x: Tensor, *, batch_stats: bool = False) -> Tensor:
+        """`batch_stats` means nothing here: a layer's norm is called alike whichever kind it is."""
         return self.ops.layer_norm_act(x, self.weight, self.bias, NORM_EPS)
 
 
@@ -98,7 +99,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for layer, norm in zip(self.linears, self.norms, strict=True):
-            x = norm(layer(x), batch_stats=True)
+            x = norm(layer(x))
         return x
 
 
@@ -184,7 +185,7 @@ class ImageDecoder(nn.Module):
         # (..., F) -> (M, 4, 4, 8C) -> (M, 8C, 4, 4)
         x = self.inp(features).reshape(-1, FINAL_MAP, FINAL_MAP, self.channels).permute(0, 3, 1, 2)
         for conv, norm in zip(self.convs[:-1], self.norms, strict=True):
-            x = norm(conv(x).permute(0, 2, 3, 1), batch_stats=True).permute(0, 3, 1, 2)
+            x = norm(conv(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         x = self.convs[-1](x)
         return x.reshape(*features.shape[:-1], *x.shape[1:])
 

@@ -1,6 +1,7 @@
 """Gradient steps: global-norm clipping, Adam, and slow copies of networks."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,21 @@ class Optimizer:
         self.clip = clip
         self.adam = torch.optim.Adam(self.params, lr=lr, eps=eps, fused=True)
 
-    def step(self, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
+    def step(self, loss: Tensor) -> Tensor:
         """One step down `loss`. Returns the gradient's norm before clipping. Parameters it does not reach stay."""
-        grads = torch.autograd.grad(loss, self.params, retain_graph=retain_graph, allow_unused=True)
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = grad
         norm = nn.utils.clip_grad_norm_(self.params, self.clip)
         self.adam.step()
         return norm
+
+    def state(self) -> dict[str, Any]:
+        """Adam's moments and step counts: what a checkpoint keeps. Learning rates stay options."""
+        return self.adam.state_dict()["state"]
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.adam.load_state_dict(self.adam.state_dict() | {"state": state})
 
 
 @torch.no_grad()

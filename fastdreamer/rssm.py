@@ -55,14 +55,18 @@ class RSSM(nn.Module):
         return State(deter, onehot_mode(self.prior(deter)))
 
     def advance(self, state: State, action: Tensor) -> Tensor:
-        """The sequence model: state and action (N, A) at t-1 to `deter` (N, D) at t."""
-        u = self.inp_norm(self.inp(torch.cat([state.stoch.flatten(-2), action], -1)), batch_stats=True)
+        """The sequence model: state and action (N, A) at t-1 to `deter` (N, D) at t.
+
+        Beyond [-1, 1] an action counts as its bound, as environments clip it; its gradient is scaled, not cut.
+        """
+        action = action / action.detach().abs().clamp(min=1)
+        u = self.inp_norm(self.inp(torch.cat([state.stoch.flatten(-2), action], -1)))
         pre = self.gates(torch.cat([u, state.deter], -1))
         return self.ops.gru_gates(pre, state.deter, self.gates_weight, self.gates_bias, NORM_EPS)
 
     def prior(self, deter: Tensor) -> Tensor:
         """Logits (..., S, K) of p(z_t | h_t) from h_t (..., D)."""
-        logits = self.prior_out(self.prior_norm(self.prior_hidden(deter), batch_stats=True))
+        logits = self.prior_out(self.prior_norm(self.prior_hidden(deter)))
         return logits.unflatten(-1, (self.stoch, self.classes))
 
     def posterior(self, deter: Tensor, embed: Tensor, *, batch_stats: bool) -> Tensor:
@@ -114,10 +118,9 @@ class RSSM(nn.Module):
         is_first = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1)
         state = initial = self.initial()
         deters, stochs, posteriors = [], [], []
-        for t in range(embed.shape[1]):
-            state, logits = self.observe_step(
-                initial, state, action[:, t], embed[:, t], is_first[:, t], uniform[:, t], batch_stats=batch_stats
-            )
+        # T times (B, ...). Indexing row by row would make each row's gradient as large as the whole.
+        for rows in zip(*(x.unbind(1) for x in (action, embed, is_first, uniform)), strict=True):
+            state, logits = self.observe_step(initial, state, *rows, batch_stats=batch_stats)
             deters.append(state.deter)
             stochs.append(state.stoch)
             posteriors.append(logits)

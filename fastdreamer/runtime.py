@@ -39,6 +39,7 @@ def prepare_process(device: torch.device) -> None:
 def generator(device: torch.device, seed: int, stream: int) -> torch.Generator:
     """A generator on `device` for one of a run's independent streams of randomness."""
     state = np.random.SeedSequence([seed, stream]).generate_state(2, np.uint32)
+    # A seed has 63 bits: torch takes no negative ones, and 64 would overflow a signed integer.
     return torch.Generator(device).manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
@@ -71,7 +72,8 @@ class Batches:
     """The batches an update draws: `draw` makes one where the replay lies; they arrive on `device`.
 
     Where replay and learner share a device a batch is drawn when asked for. Otherwise the next one is drawn and copied
-    while the update that asked for the last one runs, so it may miss the newest rows, by a fixed count of updates.
+    while the update that asked for the last one runs, so it may miss the newest rows, by a fixed count of updates. It
+    is no part of a checkpoint: a resumed run draws another one in its place.
     """
 
     def __init__(self, draw: Callable[[], Rows], source: torch.device, device: torch.device):
@@ -99,7 +101,7 @@ class Batches:
 
 
 class NonFinite(Exception):
-    """A loss of an update was NaN or infinite."""
+    """A loss of an update, or the norm of its gradient, was NaN or infinite."""
 
     def __init__(self, update: int, name: str, value: float):
         super().__init__(f"{name} was {value} at update {update}")
@@ -130,7 +132,7 @@ class Learner:
         self._pending = issued
 
     def settle(self) -> None:
-        """Reads the metrics of the last issued update. Raises NonFinite where one of its losses is not finite."""
+        """Reads the metrics of the last issued update. Raises NonFinite where a loss or gradient is not finite."""
         if self._pending is None:
             return
         update, names, values, event = self._pending
@@ -138,7 +140,7 @@ class Learner:
         if event is not None:
             event.synchronize()
         for name, value in zip(names, values.tolist(), strict=True):
-            if name.startswith("loss/") and not np.isfinite(value):
+            if name.startswith(("loss/", "grad/")) and not np.isfinite(value):
                 raise NonFinite(update, name, value)
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1

@@ -153,16 +153,19 @@ class Trainer:
         self.carry = self.agent.act(rows, self.carry, self.agent.draw_act_noise(len(step.reward), self.act_noise))
         if self.decisions < self.config.replay.prefill:
             self.carry = Carry(self.carry.state, self._random_action().to(self.device))
-        self.envs.send(self.carry.action.cpu().numpy())
+        action = self.carry.action.cpu().numpy()
+        # Every issued update has run by now, so this does not wait; and what is not finite must not reach environments.
+        self.learner.settle()
+        self.envs.send(action)
         self.replay.add(rows)
         while self.learner.updates < self.updates_due:
             self.learner.step()
         self.pending = self.envs.recv()
 
     def _random_action(self) -> torch.Tensor:
-        """Uniform actions (N, A), drawn afresh from the count of decisions."""
+        """Uniform actions (N, A), drawn afresh for each row of the replay."""
         rows, spaces = self.config.env.envs, self.envs.spaces
-        rng = np.random.default_rng([self.config.seed, PREFILL_STREAM, self.decisions])
+        rng = np.random.default_rng([self.config.seed, PREFILL_STREAM, self.replay.added])
         if spaces.discrete:
             return nn.functional.one_hot(
                 torch.from_numpy(rng.integers(spaces.action, size=rows)), spaces.action
@@ -182,7 +185,7 @@ class Trainer:
         """Runs to the end of the budget, a signal, or an error; then evaluates. Raises BadInput, NonFinite."""
         assert self.log is not None
         run, stop = self.config.run, _Signals()
-        saved, evaluated = time.monotonic(), self.frames
+        saved, evaluated = time.monotonic(), self.frames // run.eval_every if run.eval_every else 0
         with stop:
             while self.frames < run.frames and not stop.received:
                 self.iterate()
@@ -191,8 +194,8 @@ class Trainer:
                     counters = {"replay/steps": len(self.replay), "envs/restarts": self.envs.restarts}
                     self.log.scalars(self.frames, self.learner.means() | counters, self.learner.updates)
                 self.log.progress(self.frames, self.learner.updates)
-                if run.eval_every and self.frames - evaluated >= run.eval_every:
-                    evaluated += run.eval_every
+                if run.eval_every and self.frames // run.eval_every > evaluated:
+                    evaluated = self.frames // run.eval_every
                     self.evaluate()
                 if time.monotonic() - saved > run.checkpoint_every:
                     self.save()
@@ -236,8 +239,9 @@ class Trainer:
         if self.pending is None:
             self.pending = self.envs.recv()
         state = {
+            "spaces": asdict(self.envs.spaces),
             "agent": self.agent.state_dict(),
-            "optimizers": {k: v.adam.state_dict() for k, v in self.optimizers._asdict().items()},
+            "optimizers": {k: v.state() for k, v in self.optimizers._asdict().items()},
             "generators": {k: v.get_state() for k, v in self._generators().items()},
             "learner": learner,
             "decisions": self.decisions,
@@ -258,7 +262,7 @@ class Trainer:
         state = self.checkpoints.load(replay=self.replay, expected=shapes({"agent": self.agent.state_dict()}))
         self.agent.load_state_dict(state["agent"])
         for name, optimizer in self.optimizers._asdict().items():
-            optimizer.adam.load_state_dict(state["optimizers"][name])
+            optimizer.load(state["optimizers"][name])
         for name, noise in self._generators().items():
             noise.set_state(state["generators"][name])
         self.learner.load(state["learner"])

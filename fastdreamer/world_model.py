@@ -112,12 +112,15 @@ class WorldModel(nn.Module):
         ).T
 
     def past_action_loss(self, embed: Tensor, features: Tensor, batch: Batch) -> Tensor:
-        """-log p(a_{t-1} | x_t, s_{t-1}), (B, T): 0 where an episode, or the sequence, begins."""
+        """-log p(a_{t-1} | x_t, s_{t-1}), (B, T): 0 where an episode, or the sequence, begins.
+
+        The target is the action as the environment took it, clipped to [-1, 1]: what was cut off left no trace.
+        """
         assert self.action is not None
         # (B, T-1, E) and (B, T-1, D + S*K)
         params = self.action(torch.cat([embed[:, 1:], features[:, :-1]], -1))
         action = action_distribution(params, self.discrete, self.config.model.unimix, self.ops)
-        loss = -action.log_prob(batch["action"][:, 1:]).masked_fill(batch["is_first"][:, 1:], 0)
+        loss = -action.log_prob(batch["action"][:, 1:].clamp(-1, 1)).masked_fill(batch["is_first"][:, 1:], 0)
         return torch.cat([torch.zeros_like(loss[:, :1]), loss], 1)
 
     def decoder_loss(self, features: Tensor, batch: Batch) -> Tensor:

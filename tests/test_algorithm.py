@@ -359,9 +359,9 @@ def test_return_range_follows_percentiles() -> None:
         returns = torch.randn(3, 50, generator=torch.Generator().manual_seed(seed)) * 100
         p5, p95 = np.percentile(returns.numpy(), [5, 95])
         low, high = 0.99 * low + 0.01 * p5, 0.99 * high + 0.01 * p95
-        assert behavior.return_scale(returns).item() == pytest.approx(max(1, high - low), rel=1e-4)
+        assert behavior.update_return_scale(returns).item() == pytest.approx(max(1, high - low), rel=1e-4)
     assert high - low > 1
-    assert make_agent().behavior.return_scale(torch.ones(3, 50)).item() == 1
+    assert make_agent().behavior.update_return_scale(torch.ones(3, 50)).item() == 1
 
 
 def test_slow_copies_follow_at_their_rate() -> None:
@@ -374,6 +374,26 @@ def test_slow_copies_follow_at_their_rate() -> None:
         before, agent.value_teacher.parameters(), agent.world_model.value.parameters(), strict=True
     ):
         torch.testing.assert_close(new, 0.98 * old + 0.02 * fast)
+
+
+def test_actions_beyond_their_bounds_count_as_the_bound() -> None:
+    rssm = make_agent(spaces=PIXELS).world_model.rssm
+    state = State(torch.randn(2, 128), torch.eye(8).expand(2, 8, 8).contiguous())
+    actions = torch.tensor([[1.0, -0.5], [3.0, -0.5]], requires_grad=True)
+    first, second = (rssm.advance(State(state.deter[:1], state.stoch[:1]), actions[i : i + 1]) for i in (0, 1))
+    torch.testing.assert_close(first, second)
+    (grad,) = torch.autograd.grad(second.sum(), actions)
+    assert grad[1].all(), "beyond the bound there is still a way back"
+
+
+def test_past_action_target_is_what_the_environment_took() -> None:
+    agent = make_agent(spaces=PIXELS)
+    model, batch = agent.world_model, make_batch(PIXELS)
+    embed, features = torch.randn(B, T, model.encoder.embed), torch.randn(B, T, model.rssm.features)
+    batch["action"][0, 3] = 1.0
+    loss = model.past_action_loss(embed, features, batch)
+    batch["action"][0, 3] = 2.5
+    torch.testing.assert_close(model.past_action_loss(embed, features, batch), loss)
 
 
 # Learning
@@ -416,6 +436,8 @@ def test_overfits_one_batch(name: str) -> None:
 
 
 def test_objectives_are_ablations_of_one_another() -> None:
+    default = make_config().model
+    assert all(getattr(default, name) == value for name, value in OBJECTIVES["mudreamer"].items())
     one = make_config("mudreamer", **OBJECTIVES["dreamerv3"])
     two = make_config("dreamerv3")
     assert one.model == two.model

@@ -9,10 +9,19 @@ from fastdreamer import train
 
 pytestmark = pytest.mark.slow
 
-CARTPOLE = (
-    "--task dmc/cartpole_balance --obs vector --size tiny --model-lr 1e-3 --behavior-lr 3e-4 --batch-length 32 "
-    "--train-ratio 128 --frames 40000"
-).split()
+SMALL_VECTOR = [
+    "--obs",
+    "vector",
+    "--size",
+    "tiny",
+    "--model-lr",
+    "1e-3",
+    "--behavior-lr",
+    "3e-4",
+    "--batch-length",
+    "32",
+]
+CARTPOLE = ["--task", "dmc/cartpole_balance", *SMALL_VECTOR, "--train-ratio", "128", "--frames", "40000"]
 
 
 def final_return(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> float:
