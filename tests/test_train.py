@@ -175,7 +175,8 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "none").exists()
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weights", [False, True], ids=["loss", "weights"])
+def test_loss_that_is_not_finite_stops_the_run(weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run([*DEMO, "--frames", "60"], tmp_path)
     good = Checkpoints(folder).latest()
     update = train.Trainer._update
@@ -184,6 +185,10 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pyte
         metrics = update(self)
         if self.learner.updates == 6:
             metrics["loss/reward"] = metrics["loss/reward"] * float("nan")
+            if weights:
+                with torch.no_grad():
+                    for parameter in self.agent.parameters():
+                        parameter.fill_(float("nan"))
         return metrics
 
     monkeypatch.setattr(train.Trainer, "_update", poisoned)
@@ -193,6 +198,15 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pyte
     assert "loss/reward became nan at update 7" in message
     assert f"resume from {good} with: python -m fastdreamer.train --resume {folder}" in message
     assert Checkpoints(folder).latest() == good
+
+
+def test_options_of_a_resumed_run_hold(tmp_path: Path) -> None:
+    folder = run([*DEMO, "--frames", "60"], tmp_path)
+    command, _ = parse_command(["--resume", str(folder), "--model-lr", "0.5"], cuda=False)
+    with Trainer(command.config, folder, resume=True) as trainer:
+        assert trainer.learner.updates > 0
+        assert trainer.optimizers.model.adam.param_groups[0]["lr"] == 0.5
+        assert trainer.optimizers.actor.adam.param_groups[0]["lr"] == command.config.optim.behavior_lr
 
 
 # Ends of all kinds, from outside

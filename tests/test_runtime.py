@@ -1,0 +1,110 @@
+"""The machinery: staging, metrics read late, generators, and (on a GPU) batches copied ahead."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fastdreamer.config import BadInput, parse_command
+from fastdreamer.envs.base import Spaces, Step
+from fastdreamer.runtime import Batches, Learner, NonFinite, Stager, choose_device, generator, saved_bytes
+
+CPU = torch.device("cpu")
+
+
+def test_staged_rows_outlive_the_arrays() -> None:
+    step = Step.empty(2, Spaces(image=True, vector=0, action=1, discrete=False))
+    rows = Stager(CPU)(step)
+    assert set(rows) == {"image", "action", "reward", "is_first", "is_last", "is_terminal"}
+    step.reward[:] = 5
+    assert not rows["reward"].any()
+
+
+def test_metrics_come_one_update_late_and_average() -> None:
+    values = iter([1.0, 3.0, 8.0])
+    learner = Learner(lambda: {"loss/x": torch.tensor(next(values))})
+    learner.step()
+    assert learner.means() == {}
+    learner.step()
+    learner.step()
+    assert learner.means() == {"loss/x": 2.0}
+    learner.settle()
+    assert learner.means() == {"loss/x": 8.0}
+    assert learner.means() == {}
+
+
+def test_a_checkpoint_keeps_what_was_not_logged_yet() -> None:
+    def update() -> Mapping[str, Tensor]:
+        return {"loss/x": torch.tensor(2.0)}
+
+    learner, other = Learner(update), Learner(update)
+    learner.step()
+    other.load(learner.state())
+    assert (other.updates, other.means()) == (1, {"loss/x": 2.0})
+
+
+@pytest.mark.parametrize("name", ["loss/x", "grad/x"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_named_with_its_update(name: str, value: float) -> None:
+    values = iter([1.0, value, 1.0])
+    learner = Learner(lambda: {"behavior/y": torch.tensor(float("nan")), name: torch.tensor(next(values))})
+    learner.step()
+    learner.step()
+    with pytest.raises(NonFinite, match=rf"{name} was (nan|inf) at update 2"):
+        learner.step()
+
+
+def test_generators_of_one_run_are_independent_and_repeat() -> None:
+    draws = {
+        (seed, stream): tuple(torch.rand(4, generator=generator(CPU, seed, stream)).tolist())
+        for seed in (0, 1)
+        for stream in (0, 1, 2)
+    }
+    assert len(set(draws.values())) == 6
+    assert draws[1, 2] == tuple(torch.rand(4, generator=generator(CPU, 1, 2)).tolist())
+
+
+def test_saved_bytes_counts_each_storage_once() -> None:
+    x = torch.randn(100, requires_grad=True)
+    assert saved_bytes(lambda: (x * x).sum()) == 400
+    assert saved_bytes(lambda: x.exp().exp().sum()) == 800
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(BadInput, match="--device cpu"):
+        choose_device("cuda")
+    assert choose_device("auto") == CPU
+
+
+@pytest.mark.gpu
+def test_batches_copied_ahead_are_those_drawn() -> None:
+    cuda, drawn = torch.device("cuda"), []
+
+    def draw() -> dict[str, Tensor]:
+        drawn.append(torch.randn(1000))
+        return {"x": drawn[-1].pin_memory()}
+
+    batches = Batches(draw, CPU, cuda)
+    for i in range(20):
+        batch = batches()
+        assert len(drawn) == i + 2, "the next one is under way"
+        np.testing.assert_array_equal(batch["x"].cpu().numpy(), drawn[i].numpy())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("replay_device", ["auto", "cpu"])
+@pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
+def test_trains_on_a_gpu(replay_device: str, objective: str) -> None:
+    from fastdreamer.train import Trainer
+
+    arguments = f"--preset demo --device cuda --replay-device {replay_device} --prefill 20 --objective {objective}"
+    command, _ = parse_command(arguments.split(), cuda=True)
+    with Trainer(command.config, None) as trainer:
+        while trainer.learner.updates < 10:
+            trainer.iterate()
+        trainer.learner.settle()
+        assert all(np.isfinite(value) for value in trainer.learner.means().values())
