@@ -1,10 +1,14 @@
 """Every option of a run, as frozen dataclasses; presets; the command line. Imports nothing of ours."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
+
+MAX_SEED = 10**9
+"""Seeds lie below; environments of an evaluation are seeded from beyond, within EnvPool's 31 bits."""
 
 
 class BadInput(Exception):
@@ -23,7 +27,7 @@ class EnvConfig:
     backend: Literal["envpool", "dm_control"] = "envpool"
     """Who simulates `dmc/` tasks."""
     render: Literal["exact", "fast"] = "exact"
-    """`fast` leaves shadows, multisampling and reflections of `dmc/` frames out: for machines without a GPU."""
+    """`fast` draws `dmc/` frames with coarse shadows and no multisampling: for machines without a GPU."""
     background: str | None = None
     """Folder of videos played behind `dmc/` frames while training."""
     eval_background: str | None = None
@@ -287,6 +291,8 @@ def parse_command(argv: Sequence[str], *, cuda: bool) -> tuple[Command, str]:
         prog="python -m fastdreamer.train",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if given.resume is not None:
+        _check_resumed(default, command.config)
     check(command.config)
     return command, f"preset {command.config.preset} ({command.config.task}, size {command.config.size}) {why}"
 
@@ -314,6 +320,8 @@ def check(config: Config) -> None:
         raise BadInput("--render fast needs frames: leave it out, or use --obs pixels.")
     if model.batch_norm == "encoder" and env.obs == "vector":
         raise BadInput("--batch-norm encoder is for images: use --obs pixels, or --batch-norm posterior.")
+    if not 0 <= config.seed < MAX_SEED:
+        raise BadInput(f"--seed is {config.seed} and must be at least 0 and less than {MAX_SEED}.")
     positive = {
         "--envs": env.envs,
         "--action-repeat": env.action_repeat,
@@ -335,8 +343,8 @@ def check(config: Config) -> None:
         "--unimix": model.unimix,
     }
     for flag, value in positive.items():
-        if not value > 0:
-            raise BadInput(f"{flag} is {value} and must be more than 0.")
+        if not 0 < value < math.inf:
+            raise BadInput(f"{flag} is {value} and must be more than 0, and finite.")
     at_least_zero = {
         "--workers": env.workers,
         "--eval-every": config.run.eval_every,
@@ -347,8 +355,8 @@ def check(config: Config) -> None:
         "--beta-rep": model.beta_rep,
     }
     for flag, value in at_least_zero.items():
-        if not value >= 0:
-            raise BadInput(f"{flag} is {value} and must be at least 0.")
+        if not 0 <= value < math.inf:
+            raise BadInput(f"{flag} is {value} and must be at least 0, and finite.")
     fractions = {
         "--gamma": config.behavior.gamma,
         "--lam": config.behavior.lam,
@@ -375,6 +383,20 @@ def check(config: Config) -> None:
         )
 
 
+def _check_resumed(before: Config, now: Config) -> None:
+    """Raises BadInput for options whose change would falsify what the run has done so far."""
+    fixed = {
+        "--seed": (before.seed, now.seed),
+        "--action-repeat": (before.env.action_repeat, now.env.action_repeat),
+        "--train-ratio": (before.replay.train_ratio, now.replay.train_ratio),
+        "--prefill": (before.replay.prefill, now.replay.prefill),
+        "--logdir": (before.run.logdir, now.run.logdir),
+    }
+    for flag, (old, new) in fixed.items():
+        if old != new:
+            raise BadInput(f"{flag} cannot change in a resumed run ({old} before): leave it out, or start a run anew.")
+
+
 def load_config(run: Path) -> Config:
     """What a run folder's config.yaml records. Raises BadInput where there is none or it is broken."""
     import yaml
@@ -382,7 +404,9 @@ def load_config(run: Path) -> Config:
     path = run / "config.yaml"
     try:
         stored = yaml.safe_load(path.read_text())["config"]
-        return from_dict(Config, stored)
+        config = from_dict(Config, stored)
+        check(config)
+        return config
     except FileNotFoundError:
         raise BadInput(f"There is no run at {run}: {path} is missing; name a folder under --logdir.") from None
     except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
@@ -390,6 +414,21 @@ def load_config(run: Path) -> Config:
 
 
 def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Rebuilds a nested configuration from what `dataclasses.asdict` gave. Unknown names raise TypeError."""
-    nested = {f.name: f.type for f in fields(kind) if isinstance(f.type, type) and is_dataclass(f.type)}
-    return kind(**{k: from_dict(nested[k], v) if k in nested else v for k, v in values.items()})
+    """Rebuilds a nested configuration from what `dataclasses.asdict` gave. Raises TypeError for what does not fit."""
+    types = {f.name: f.type for f in fields(kind)}
+    for name, value in values.items():
+        if name in types and not _fits(value, types[name]):
+            raise TypeError(f"{name} is {value!r}")
+    nested = {name: of for name, of in types.items() if isinstance(of, type) and is_dataclass(of)}
+    return kind(**{name: from_dict(nested[name], v) if name in nested else v for name, v in values.items()})
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a file is of a field's type: a class, a Literal, or `str | None`."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if is_dataclass(kind):
+        return isinstance(value, dict)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) in (get_args(kind) or (kind,))

@@ -5,9 +5,10 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from fastdreamer_kernels import ops
 from fastdreamer import envs, report
 from fastdreamer.agent import Agent
 from fastdreamer.checkpoint import Checkpoints, check_shapes, shapes
-from fastdreamer.config import BadInput, Config, check, load_config
+from fastdreamer.config import BadInput, Config, load_config
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.runtime import Stager, choose_device, generator, prepare_process
 
@@ -44,11 +45,18 @@ class Evaluation:
         return float(np.std(self.returns))
 
 
-def evaluate(agent: Agent, config: Config, device: torch.device, *, episodes: int) -> Evaluation:
+def evaluate(
+    agent: Agent,
+    config: Config,
+    device: torch.device,
+    *,
+    episodes: int,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Runs `episodes` whole episodes with actions sampled from the policy; training's own state is left alone.
 
     Every environment runs a fixed share of them, so that short episodes are not over-represented. The first episode
-    of each of the first few environments is recorded.
+    of each of the first few environments is recorded. None where `stopped` comes true before the end.
     """
     count = min(config.env.envs, episodes)
     share = [episodes // count + (i < episodes % count) for i in range(count)]
@@ -58,7 +66,7 @@ def evaluate(agent: Agent, config: Config, device: torch.device, *, episodes: in
     env = replace(config.env, envs=count)
     with envs.make(config.task, env, config.seed + SEED_OFFSET, evaluation=True) as environments:
         carry, total = agent.initial_carry(count, device), np.zeros(count)
-        while True:
+        while not stopped():
             step = environments.recv()
             # An episode that begins without the last one's end was cut short by a crash: it does not count.
             total = np.where(step.is_first, 0, total + step.reward)
@@ -69,13 +77,13 @@ def evaluate(agent: Agent, config: Config, device: torch.device, *, episodes: in
                 if len(returns[i]) < share[i]:
                     returns[i].append(float(total[i]))
             if all(len(done) == wanted for done, wanted in zip(returns, share, strict=True)):
-                break
+                return Evaluation(
+                    [value for done in returns for value in done],
+                    [{name: np.stack([row[name] for row in rows]) for name in rows[0]} for rows in recorded],
+                )
             carry = agent.act(stage(step), carry, agent.draw_act_noise(count, noise))
             environments.send(carry.action.cpu().numpy())
-    return Evaluation(
-        [value for done in returns for value in done],
-        [{name: np.stack([row[name] for row in rows]) for name in rows[0]} for rows in recorded],
-    )
+    return None
 
 
 def _row(step: Step, i: int) -> dict[str, np.ndarray]:
@@ -132,7 +140,7 @@ class Command:
     """Folder of videos played behind the frames, instead of the run's own --eval-background."""
     json: bool = False
     """Print one JSON object with return_mean, return_std and returns."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
 
 
 def run_command(command: Command) -> None:
@@ -142,16 +150,16 @@ def run_command(command: Command) -> None:
     run = Path(command.run)
     config = load_config(run)
     if command.background is not None:
-        # The training folder is not read here; naming it keeps the pair of options whole.
-        env = replace(config.env, background=config.env.background or ".", eval_background=command.background)
-        config = replace(config, env=env)
-        check(config)
+        if not config.task.startswith("dmc/") or config.env.obs == "vector":
+            raise BadInput("--background needs frames of a dmc/ task, which this run has not: leave it out.")
+        config = replace(config, env=replace(config.env, eval_background=command.background))
     if command.video and config.env.obs == "vector":
         raise BadInput("--video needs frames and this run was trained with --obs vector: leave it out.")
     device = choose_device(command.device)
     prepare_process(device)
     agent = load_agent(run, config, device)
     evaluation = evaluate(agent, config, device, episodes=command.episodes)
+    assert evaluation is not None
     frames = video(evaluation) if command.video else None
     if frames is not None:
         path = run / "evaluation.gif"

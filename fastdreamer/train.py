@@ -8,7 +8,7 @@ Which weights act and what a batch may draw from follow from counters alone, wha
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -24,8 +24,9 @@ from fastdreamer import envs, logger, report
 from fastdreamer.agent import Agent, Carry
 from fastdreamer.checkpoint import Checkpoints, shapes
 from fastdreamer.config import BadInput, Command, Config, parse_command
+from fastdreamer.envs import rendering
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.evaluate import Evaluation, dream, evaluate, video
+from fastdreamer.evaluate import dream, evaluate, video
 from fastdreamer.replay import Replay, available_memory, describe
 from fastdreamer.rssm import State
 from fastdreamer.runtime import (
@@ -41,10 +42,6 @@ from fastdreamer.runtime import (
 
 INIT_STREAM, LEARN_STREAM, ACT_STREAM, REPLAY_STREAM, PREFILL_STREAM = range(5)
 """A run's independent streams of randomness."""
-FAST_FRAMES = (
-    "--render fast leaves out shadows, multisampling and reflections: frames differ from published ones by "
-    "1.4 (cheetah_run) to 6.1 (walker_walk) of 255 grey levels on average"
-)
 
 
 def build_agent(config: Config, spaces: Spaces, device: torch.device) -> Agent:
@@ -75,9 +72,9 @@ def state_bytes(agent: nn.Module) -> int:
 class Trainer:
     """One run: everything it is made of, and its loop. Use as a context manager, which closes the environments."""
 
-    def __init__(self, config: Config, run: Path | None, *, resume: bool = False):
-        """`run`: its folder, made already; None for a dry run, which writes nothing. Raises BadInput."""
-        self.config, self.run_folder = config, run
+    def __init__(self, config: Config, run: Path | Callable[[], Path] | None, *, resume: bool = False):
+        """`run`: its folder, or what makes it; None for a dry run, which writes nothing. Raises BadInput."""
+        self.config, self.signals = config, _Signals()
         self.device = choose_device(config.run.device)
         prepare_process(self.device)
         replay_device = torch.device("cpu") if config.replay.replay_device == "cpu" else self.device
@@ -105,13 +102,15 @@ class Trainer:
             self.lengths = np.zeros(config.env.envs, np.int64)
             self.logged_at = 0
             self.pending: Step | None = None
-            self.checkpoints = Checkpoints(run) if run is not None else None
+            # Only now: what is refused above leaves no folder behind.
+            self.run_folder = run() if callable(run) else run
+            self.checkpoints = Checkpoints(self.run_folder) if self.run_folder is not None else None
             if resume:
                 self._restore()
             self.log: logger.Logger | None = None
-            if run is not None:
+            if self.run_folder is not None:
                 self.log = logger.Logger(
-                    run, total_frames=config.run.frames, resume_at_frames=self.frames if resume else None
+                    self.run_folder, total_frames=config.run.frames, resume_at_frames=self.frames if resume else None
                 )
         except BaseException:
             self.envs.close()
@@ -156,6 +155,8 @@ class Trainer:
         action = self.carry.action.cpu().numpy()
         # Every issued update has run by now, so this does not wait; and what is not finite must not reach environments.
         self.learner.settle()
+        if not np.isfinite(action).all():
+            raise NonFinite(self.learner.updates, "the policy's action", float("nan"))
         self.envs.send(action)
         self.replay.add(rows)
         while self.learner.updates < self.updates_due:
@@ -184,7 +185,7 @@ class Trainer:
     def train(self) -> None:
         """Runs to the end of the budget, a signal, or an error; then evaluates. Raises BadInput, NonFinite."""
         assert self.log is not None
-        run, stop = self.config.run, _Signals()
+        run, stop = self.config.run, self.signals
         saved, evaluated = time.monotonic(), self.frames // run.eval_every if run.eval_every else 0
         with stop:
             while self.frames < run.frames and not stop.received:
@@ -196,25 +197,35 @@ class Trainer:
                 self.log.progress(self.frames, self.learner.updates)
                 if run.eval_every and self.frames // run.eval_every > evaluated:
                     evaluated = self.frames // run.eval_every
+                    self.save()
                     self.evaluate()
                 if time.monotonic() - saved > run.checkpoint_every:
                     self.save()
                     saved = time.monotonic()
             self.save()
+            if not stop.received:
+                self.evaluate(final=True)
         if stop.received:
             self.log.message(f"stopped by {stop.received.name}; go on with: {self.resume_command}")
             raise SystemExit(128 + stop.received)
-        self.evaluate(final=True)
 
     @property
     def resume_command(self) -> str:
         return f"python -m fastdreamer.train --resume {self.run_folder}"
 
-    def evaluate(self, *, final: bool = False) -> Evaluation:
-        """Evaluates the agent as it is, records the result, and redraws the run's pictures."""
+    def evaluate(self, *, final: bool = False) -> None:
+        """Evaluates the agent as it is, records the result, and redraws the run's pictures; a signal cuts it short."""
         assert self.log is not None
         assert self.run_folder is not None
-        result = evaluate(self.agent, self.config, self.device, episodes=self.config.run.eval_episodes)
+        result = evaluate(
+            self.agent,
+            self.config,
+            self.device,
+            episodes=self.config.run.eval_episodes,
+            stopped=lambda: self.signals.received is not None,
+        )
+        if result is None:
+            return
         self.log.scalars(self.frames, {"eval/return_mean": result.mean, "eval/return_std": result.std})
         frames = video(result)
         if frames is not None:
@@ -230,12 +241,13 @@ class Trainer:
         self.log.message(f"evaluation: return {result.mean:.2f} ± {result.std:.2f} over {len(result.returns)} episodes")
         if final:
             self.log.message("pictures: " + ", ".join(str(path) for path in pictures))
-        return result
 
     def save(self) -> Path:
         """Writes a checkpoint. Raises NonFinite rather than keep weights that a bad loss reached, and BadInput."""
         assert self.checkpoints is not None
         learner = self.learner.state()
+        if not all(weights.isfinite().all() for weights in self.agent.state_dict().values()):
+            raise NonFinite(self.learner.updates, "a weight", float("nan"))
         if self.pending is None:
             self.pending = self.envs.recv()
         state = {
@@ -336,18 +348,21 @@ def run_command(command: Command, why: str) -> None:
     if config.run.compile:
         print("--compile is accepted; this version has no compiled update yet and runs eagerly", flush=True)
     if config.env.render == "fast":
-        print(FAST_FRAMES, flush=True)
+        print(rendering.FAST_FRAMES, flush=True)
     if command.dry_run:
         dry_run(config)
         return
-    if command.resume is not None:
-        run = Path(command.resume)
-    else:
-        run = logger.new_run(Path(config.run.logdir), config.task, asdict(config))
-    print(f"run: {run}", flush=True)
-    with Trainer(config, run, resume=command.resume is not None) as trainer:
-        if command.resume is not None:
-            logger.record_resume(run, asdict(config))
+
+    def new_run() -> Path:
+        return logger.new_run(Path(config.run.logdir), config.task, asdict(config))
+
+    resumed = None if command.resume is None else Path(command.resume)
+    with Trainer(config, resumed or new_run, resume=resumed is not None) as trainer:
+        print(f"run: {trainer.run_folder}", flush=True)
+        if resumed is not None:
+            if trainer.frames > config.run.frames:
+                raise BadInput(f"--frames is {config.run.frames} and the run has come to {trainer.frames}: raise it.")
+            logger.record_resume(resumed, asdict(config))
         try:
             trainer.train()
         except NonFinite as error:
@@ -364,6 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; a run that had begun goes on from its last checkpoint with --resume", file=sys.stderr)
+        return 128 + signal.SIGINT
     except (MemoryError, RuntimeError) as error:
         # torch reports a failed allocation on a CPU as a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):

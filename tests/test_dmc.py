@@ -327,7 +327,7 @@ def test_rewards_vectors_and_ends_agree_over_whole_episodes():
 def test_frames_of_both_backends_are_equal_and_fast_ones_differ_as_documented():
     """Tolerance: not a pixel differs, exact or fast, in these tasks (MuJoCo 3.6.0 and dm_control 1.0.38).
 
-    Between exact and fast only frames differ: 6.1 grey levels in the mean for walker_walk, 1.4 for cheetah_run.
+    Between exact and fast only frames differ: by 0.3 to 1.2 grey levels in the mean over all published tasks.
     """
     exact, fast = EnvConfig(obs="both"), EnvConfig(obs="both", render="fast")
     runs = [(name, config, 3) for name in ("walker_walk", "reacher_easy") for config in (exact, fast)]
@@ -337,7 +337,7 @@ def test_frames_of_both_backends_are_equal_and_fast_ones_differ_as_documented():
         frames, expected = (np.stack([row[0] for row in rows]) for rows in (a, b))
         np.testing.assert_array_equal(frames, expected, err_msg=f"{name} {config.render}")
         assert frames.std() > 10
-    for k, (least, most) in ((0, (3, 9)), (4, (0.7, 2.5))):
+    for k, (least, most) in ((0, (0.2, 2)), (2, (0.2, 2)), (4, (0.2, 2))):
         (_, plain), (_, cheap) = ours[k], ours[k + 1]
         for a, b in zip(plain, cheap, strict=True):
             np.testing.assert_array_equal(a[1], b[1])
@@ -370,7 +370,7 @@ def seconds_and_cameras() -> tuple[float, float, list[float]]:
 def test_fast_frames_are_faster_and_a_quadruped_is_seen_by_its_own_camera():
     exact, fast, differences = fresh(seconds_and_cameras)
     if not os.path.exists("/dev/dri") and not os.path.exists("/dev/nvidiactl"):
-        assert exact > 3 * fast  # 16 in the mean of quiet measurements, on the software rasteriser
+        assert exact > 2 * fast  # 5 in the median of measurements, on the software rasteriser
     assert differences[0] > 1
     assert differences[1] == 0
 

@@ -59,6 +59,12 @@ def test_twohot_mean_recovers_what_was_coded() -> None:
     assert OPS.twohot_mean(torch.zeros(255), LOW, HIGH).item() == pytest.approx(0, abs=1e-5)
 
 
+def test_twohot_loss_of_a_target_that_is_not_a_number_is_none() -> None:
+    loss = OPS.twohot_loss(torch.randn(2, 9), torch.tensor([float("nan"), 1.0]), LOW, HIGH)
+    assert loss[0].isnan()
+    assert loss[1].isfinite()
+
+
 def test_twohot_target_has_no_gradient() -> None:
     logits, target = torch.randn(4, 9, requires_grad=True), torch.randn(4, requires_grad=True)
     assert not grad_of(OPS.twohot_loss(logits, target, LOW, HIGH), target)[0].any()

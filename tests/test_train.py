@@ -17,10 +17,11 @@ import pytest
 import torch
 import yaml
 
-from fastdreamer import evaluate, train
+from fastdreamer import envs, evaluate, train
 from fastdreamer.checkpoint import Checkpoints
 from fastdreamer.config import parse_command
 from fastdreamer.logger import read_metrics
+from fastdreamer.runtime import NonFinite
 from fastdreamer.train import Trainer
 
 HERE = Path(__file__).parent
@@ -58,6 +59,13 @@ def run(arguments: Sequence[str], logdir: Path) -> Path:
     assert train.main([*arguments, "--logdir", str(logdir)]) == 0
     (folder,) = set(logdir.glob("*")) - before
     return folder
+
+
+@pytest.fixture(scope="module")
+def gym_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(HERE)
+        return run([*GYM, "--frames", "40"], tmp_path_factory.mktemp("gym"))
 
 
 def state_of(folder: Path) -> dict:
@@ -200,6 +208,66 @@ def test_loss_that_is_not_finite_stops_the_run(weights: bool, tmp_path: Path, mo
     assert Checkpoints(folder).latest() == good
 
 
+@pytest.mark.parametrize("rate", ["--model-lr", "--behavior-lr"])
+def test_a_run_that_blows_up_says_where(rate: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*GYM, "--frames", "200", rate, "1e30", "--logdir", str(tmp_path)])
+    assert re.match(
+        r"error: .+ became (nan|-?inf) at update \d+; no checkpoint was written yet", str(stopped.value.code)
+    )
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    command, _ = parse_command(GYM, cuda=False)
+    with Trainer(command.config, tmp_path) as trainer:
+        trainer.iterate()
+        good = trainer.save()
+        with torch.no_grad():
+            next(trainer.agent.behavior.actor.parameters()).fill_(float("inf"))
+        with pytest.raises(NonFinite, match="a weight was nan"):
+            trainer.save()
+        assert Checkpoints(tmp_path).latest() == good
+
+
+@pytest.mark.parametrize("option", ["--seed 3", "--action-repeat 2", "--train-ratio 2", "--prefill 30", "--frames 9"])
+def test_what_a_resumed_run_cannot_change(option: str, gym_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (gym_run / "config.yaml").read_text()
+    assert train.main(["--resume", str(gym_run), *option.split()]) == 2
+    assert option.split()[0] in capsys.readouterr().err
+    assert (gym_run / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize(("old", "new"), [("envs: 2", "envs: abc"), ("size: tiny", "size: foo"), ("seed: 0", "sed: 0")])
+def test_a_configuration_that_was_edited_badly(
+    old: str, new: str, gym_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gym_run / "config.yaml"
+    text = path.read_text()
+    path.write_text(text.replace(old, new))
+    assert train.main(["--resume", str(gym_run)]) == 2
+    assert evaluate.main([str(gym_run)]) == 2
+    assert capsys.readouterr().err.count("config.yaml cannot be read") == 2
+    path.write_text(text)
+
+
+def test_nothing_depends_on_timing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    quick = run([*GYM, "--frames", "60"], tmp_path)
+    rng, recv, update = random.Random(0), envs.Environments.recv, Trainer._update
+
+    def slow_recv(self: envs.Environments) -> envs.Step:
+        time.sleep(rng.choice([0, 0.02]))
+        return recv(self)
+
+    def slow_update(self: Trainer) -> dict[str, torch.Tensor]:
+        time.sleep(rng.choice([0, 0.05]))
+        return update(self)
+
+    monkeypatch.setattr(envs.Environments, "recv", slow_recv)
+    monkeypatch.setattr(Trainer, "_update", slow_update)
+    slow = run([*GYM, "--frames", "60"], tmp_path)
+    assert not differences(state_of(quick), state_of(slow))
+
+
 def test_options_of_a_resumed_run_hold(tmp_path: Path) -> None:
     folder = run([*DEMO, "--frames", "60"], tmp_path)
     command, _ = parse_command(["--resume", str(folder), "--model-lr", "0.5"], cuda=False)
@@ -224,6 +292,18 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit, "nothing came"
         time.sleep(0.02)
+
+
+def test_a_signal_cuts_an_evaluation_short(tmp_path: Path) -> None:
+    arguments = [*DEMO, "--frames", "60", "--eval-episodes", "1000000"]
+    process = start([*arguments, "--logdir", str(tmp_path)])
+    wait_for(lambda: any(tmp_path.glob("*/checkpoints/*/manifest.json")), process)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, out
+    assert "stopped by SIGINT; go on with" in out
+    assert "Traceback" not in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -299,6 +379,11 @@ def test_killed_at_any_moment_it_resumes(tmp_path: Path) -> None:
         (["--device", "cuda"], r"--device cuda.*--device cpu"),
         (["--resume", "nowhere"], r"There is no run at nowhere"),
         (["--resume", "nowhere", "--task", "atari/pong"], r"--task cannot change in a resumed run"),
+        (["--seed", "1000000000"], r"--seed is 1000000000"),
+        (["--train-ratio", "inf"], r"--train-ratio is inf"),
+        (["--unimix", "0"], r"--unimix is 0"),
+        (["--task", "gym/"], r"--task gym/ names no task"),
+        (["--task", "gym/foo/bar/v0!", "--obs", "vector"], r"--task gym/foo/bar/v0! cannot be made by Gymnasium"),
     ],
 )  # fmt: skip
 def test_bad_input(arguments: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,6 +394,7 @@ def test_bad_input(arguments: list[str], expected: str, tmp_path: Path, capsys: 
     assert re.search(expected, error), error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+    assert not list(tmp_path.glob("runs/*")), "what is refused leaves nothing behind"
 
 
 def test_unknown_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:

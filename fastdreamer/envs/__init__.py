@@ -24,7 +24,9 @@ def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -
     or a missing OpenGL.
     """
     family, _, name = task.partition("/")
-    if family not in FAMILIES or not name:
+    if family in FAMILIES and not name:
+        raise BadInput(f"--task {task} names no task: write what is to be trained on after the slash.")
+    if family not in FAMILIES:
         raise BadInput(
             f"--task {task} is of no known family (dmc/, atari/, envpool/ or gym/){nearest(task, tasks(), '')}."
         )

@@ -43,6 +43,8 @@ def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int)
             ) from None
         except gymnasium.error.DependencyNotInstalled as error:
             raise BadInput(f"--task {task} needs a package that is not installed: {error}") from None
+        except gymnasium.error.Error as error:
+            raise BadInput(f"--task {task} cannot be made by Gymnasium ({error}): mend the name.") from None
         return GymEnv(env, task, config)
 
     return EpisodicBatch(make, seed, count, first_index)

@@ -198,6 +198,12 @@ class Environments:
         for group in self._groups:
             self._await(group, deadline)
         _copy(self._shared, self._last)
+        for shown in (self._last.vector, self._last.reward):
+            if shown is not None and not np.isfinite(shown).all():
+                raise BadInput(
+                    f"--task {self._groups[0].job.task} gave an observation or a reward that is not a finite number: "
+                    "mend the environment."
+                )
         for group in self._groups:
             if not group.fresh:
                 assert self._action is not None

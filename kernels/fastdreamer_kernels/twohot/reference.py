@@ -25,7 +25,8 @@ def twohot_loss(logits: Tensor, target: Tensor, low: float, high: float) -> Tens
         position = ((symlog(target) - low) * ((bins - 1) / (high - low))).clamp(0, bins - 1)
         lower = position.floor().clamp(max=bins - 2)
         weight = (position - lower).to(logits.dtype)
-        index = lower.long().unsqueeze(-1)
+        # A target that is NaN has no bin; its weight stays NaN, and so does the loss.
+        index = lower.nan_to_num(0).long().unsqueeze(-1)
     at_lower = logits.gather(-1, index).squeeze(-1)
     at_upper = logits.gather(-1, index + 1).squeeze(-1)
     return torch.logsumexp(logits, -1) - (1 - weight) * at_lower - weight * at_upper
