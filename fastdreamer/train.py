@@ -217,6 +217,7 @@ class Trainer:
         """Evaluates the agent as it is, records the result, and redraws the run's pictures; a signal cuts it short."""
         assert self.log is not None
         assert self.run_folder is not None
+        self.log.message(f"evaluating over {self.config.run.eval_episodes} episodes")
         result = evaluate(
             self.agent,
             self.config,
