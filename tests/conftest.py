@@ -1,9 +1,15 @@
 """What every test file shares: where OpenGL is missing, tests marked `opengl` are skipped and say so."""
 
+import os
 from collections.abc import Sequence
 
 import pytest
 import torch
+
+# Networks this small gain nothing from a second thread, and threads that wait for each other on cores that are busy
+# with environments cost many times the work itself.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
