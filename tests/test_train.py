@@ -324,7 +324,7 @@ def test_signals_save_and_stop(number: signal.Signals, tmp_path: Path) -> None:
 def test_killed_at_any_moment_it_resumes(tmp_path: Path) -> None:
     """Kill -9 twenty times: the last checkpoint always loads, and in the end all is as if nothing had happened."""
     rng = random.Random(0)
-    arguments = [*DEMO, "--checkpoint-every", "0.05"]
+    arguments = [*GYM, "--checkpoint-every", "0.05"]
     process = start([*arguments, "--frames", "1000000", "--logdir", str(tmp_path)])
     wait_for(lambda: any(tmp_path.glob("*/checkpoints/*/manifest.json")), process)
     (folder,) = tmp_path.iterdir()
