@@ -1,6 +1,7 @@
 """Learning runs, minutes long: `pytest -m slow`. `docs/results.md` shows what they gave, with seeds."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ CARTPOLE = (
 )
 
 
-def final_return(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> float:
+def final_return(arguments: Sequence[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> float:
     assert train.main([*arguments, "--logdir", str(tmp_path)]) == 0
     (mean,) = re.findall(r"evaluation: return (-?[\d.]+) ", capsys.readouterr().out)
     return float(mean)
