@@ -3,10 +3,15 @@
 Loaded operations are handed to constructors; nothing is chosen by a global, so two choices can run side by side.
 """
 
+import importlib
+import importlib.util
+import os
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from fastdreamer_kernels.gather_sequences.reference import Steps
 from fastdreamer_kernels.kl_balance.reference import KL
 
 Choice = Literal["reference", "fused", "auto"]
@@ -55,6 +60,29 @@ class LambdaReturn(Protocol):
     def __call__(self, reward: Tensor, discount: Tensor, value: Tensor, last: Tensor | None, lam: float) -> Tensor: ...
 
 
+class GatherSequences(Protocol):
+    def __call__(self, ring: Steps, index: Tensor, begins: Tensor, dtype: torch.dtype, shift: bool) -> Steps: ...
+
+
+class AdamStep(Protocol):
+    def __call__(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        step: Tensor,
+        slow: Tensor | None,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        clip: float,
+        rate: float,
+    ) -> Tensor: ...
+
+
 class Ops(NamedTuple):
     """The operations an agent is built from."""
 
@@ -66,30 +94,55 @@ class Ops(NamedTuple):
     twohot_mean: TwohotMean
     kl_balance: KlBalance
     lambda_return: LambdaReturn
+    gather_sequences: GatherSequences
+    adam_step: AdamStep
 
 
-def load(choice: Choice) -> Ops:
-    """The operations of one implementation.
+FOLDERS = {"twohot_loss": "twohot", "twohot_mean": "twohot"}
+"""Where an operation's folder has another name."""
 
-    `auto` takes the fused one where it exists and a CUDA device is there. No operation has a fused implementation
-    yet, so `auto` is the reference everywhere. Raises NotImplementedError for `fused`.
+
+class Unavailable(Exception):
+    """The fused operations cannot run here. The message is one sentence that says why."""
+
+
+def why_not_fused(device: torch.device | str | None = None) -> str | None:
+    """Why the fused operations cannot run on `device` (None: the GPU, if there is one), or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device here"
+    if device is not None and torch.device(device).type != "cuda":
+        return f"the tensors are on {device}"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "the CUDA device is older than compute capability 8.0"
+    return None
+
+
+def load(choice: Choice, device: torch.device | str | None = None) -> Ops:
+    """The operations of one implementation, for tensors on `device` (None: a CUDA device where there is one).
+
+    `auto` takes the fused ones where they can run compiled, the reference elsewhere: `why` says which and why.
+    `fused` runs in Triton's interpreter where the environment says TRITON_INTERPRET=1, slowly and on CPU tensors.
+    Raises Unavailable for `fused` where it cannot run.
     """
-    if choice == "fused":
-        raise NotImplementedError("no operation has a fused kernel yet")
-    from fastdreamer_kernels.gru_gates.reference import gru_gates
-    from fastdreamer_kernels.kl_balance.reference import kl_balance
-    from fastdreamer_kernels.lambda_return.reference import lambda_return
-    from fastdreamer_kernels.norm_act.reference import batch_norm_act, layer_norm_act
-    from fastdreamer_kernels.sample_onehot.reference import sample_onehot
-    from fastdreamer_kernels.twohot.reference import twohot_loss, twohot_mean
+    if choice == "fused" and (reason := why_not_fused(device)) is not None:
+        raise Unavailable(reason)
+    if choice == "auto":
+        choice = why(device)[0]
 
-    return Ops(
-        gru_gates=gru_gates,
-        sample_onehot=sample_onehot,
-        layer_norm_act=layer_norm_act,
-        batch_norm_act=batch_norm_act,
-        twohot_loss=twohot_loss,
-        twohot_mean=twohot_mean,
-        kl_balance=kl_balance,
-        lambda_return=lambda_return,
-    )
+    def implementation(name: str) -> object:
+        return getattr(importlib.import_module(f"fastdreamer_kernels.{FOLDERS.get(name, name)}.{choice}"), name)
+
+    return Ops(*(implementation(name) for name in Ops._fields))  # pyright: ignore[reportArgumentType]
+
+
+def why(device: torch.device | str | None = None) -> tuple[Literal["reference", "fused"], str]:
+    """Which implementation `auto` takes for tensors on `device`, and the reason."""
+    if (reason := why_not_fused(device)) is not None:
+        return "reference", reason
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "reference", "kernels would run in Triton's interpreter (TRITON_INTERPRET=1), slower than the reference"
+    return "fused", f"{torch.cuda.get_device_name(device)} runs the kernels"

@@ -9,12 +9,14 @@ def gru_gates(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: flo
     """The next recurrent state from the gates' pre-activations.
 
     `pre` (N, 3D): `W [u, h]`. `deter` (N, D): the state before. `weight`, `bias` (3D): of the LayerNorm that spans
-    reset, candidate and update together. Returns (N, D), in `deter`'s dtype.
+    reset, candidate and update together. Returns (N, D), in `deter`'s dtype; arithmetic is at least fp32.
 
         reset, cand, update = split(LN(pre));  cand = tanh(sigmoid(reset) * cand)
         update = sigmoid(update - 1);          h' = update * cand + (1 - update) * h
     """
-    reset, cand, update = F.layer_norm(pre, pre.shape[-1:], weight, bias, eps).chunk(3, -1)
+    wide = torch.promote_types(pre.dtype, torch.float32)
+    gates = F.layer_norm(pre.to(wide), pre.shape[-1:], weight.to(wide), bias.to(wide), eps)
+    reset, cand, update = gates.chunk(3, -1)
     cand = torch.tanh(torch.sigmoid(reset) * cand)
     update = torch.sigmoid(update - 1)
-    return update * cand + (1 - update) * deter
+    return (update * cand + (1 - update) * deter.to(wide)).to(deter.dtype)

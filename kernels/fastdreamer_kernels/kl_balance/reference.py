@@ -20,7 +20,7 @@ def kl_balance(posterior: Tensor, prior: Tensor, unimix: float, free: float) -> 
     """KL of the posterior from the prior, both logits (..., S, K), twice, with opposite sides held fixed.
 
     `dyn = max(free, KL[sg(q) || p])` has a gradient to the prior alone, `rep = max(free, KL[q || sg(p)])` to the
-    posterior alone. The maximum is taken of the sum over the categoricals.
+    posterior alone. The maximum is taken of the sum over the categoricals. Results are at least fp32.
     """
     log_q, log_p = unimix_probs(posterior, unimix).log(), unimix_probs(prior, unimix).log()
 

@@ -5,15 +5,20 @@ from torch import Tensor
 
 
 def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
-    """Class probabilities (..., K) of `softmax(logits)` with the fraction `unimix` of a uniform mixed in."""
-    return (1 - unimix) * torch.softmax(logits, -1) + unimix / logits.shape[-1]
+    """Class probabilities (..., K) of `softmax(logits)` with the fraction `unimix` of a uniform mixed in.
+
+    At least fp32, whatever the dtype of the logits.
+    """
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return (1 - unimix) * torch.softmax(wide, -1) + unimix / logits.shape[-1]
 
 
 def sample_onehot(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
     """Draws one-hot vectors (..., K) from logits (..., K) by inverting the distribution function at `uniform` (...).
 
     `uniform` lies in [0, 1) and is drawn by the caller, so that two implementations can be compared draw by draw.
-    Straight-through: the gradient of the sample is that of the unimixed probabilities.
+    Straight-through: the gradient of the sample is that of the unimixed probabilities. The result has the logits'
+    dtype.
     """
     probs = unimix_probs(logits, unimix)
     with torch.no_grad():
@@ -22,4 +27,4 @@ def sample_onehot(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
         index = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
         onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
     # (probs - sg(probs)) first: it is exactly zero, so the sample stays exactly one-hot.
-    return onehot + (probs - probs.detach())
+    return (onehot + (probs - probs.detach())).to(logits.dtype)

@@ -1,0 +1,165 @@
+"""The optimiser's tail in two launches: partial norms, then clipping, Adam and the slow copy in one pass."""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdreamer_kernels.blocks import expm1, read
+from fastdreamer_kernels.launch import cdiv, check, launch
+
+BLOCK, PARTIALS = 1024, 512
+
+
+@triton.jit(do_not_specialize=["size"])
+def norm_kernel(grad_ptr, partial_ptr, step_ptr, size, BLOCK: tl.constexpr):
+    """Each program's own sum of squares: partial (programs); and the count of steps advances."""
+    total = tl.zeros([BLOCK], tl.float32)
+    # Offsets are 64 bits wide from here on: sizes beyond 2^31 are numbers of parameters one may have.
+    stride = tl.num_programs(0).to(tl.int64) * BLOCK
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    for _ in range(0, tl.cdiv(size, tl.num_programs(0) * BLOCK)):
+        grad = read(grad_ptr, at, at < size)
+        total += grad * grad
+        at += stride
+    tl.store(partial_ptr + tl.program_id(0), tl.sum(total, 0))
+    if tl.program_id(0) == 0:
+        tl.store(step_ptr, tl.load(step_ptr) + 1.0)
+
+
+@triton.jit(do_not_specialize=["size", "slow_size"])
+def step_kernel(
+    param_ptr,
+    grad_ptr,
+    mean_ptr,
+    square_ptr,
+    step_ptr,
+    slow_ptr,
+    partial_ptr,
+    norm_ptr,
+    size,
+    slow_size,
+    partials,
+    LR: tl.constexpr,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    CLIP: tl.constexpr,
+    RATE: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    number = tl.arange(0, PARTIALS)
+    norm = tl.sqrt(tl.sum(read(partial_ptr, number, number < partials), 0))
+    scale = CLIP / (norm + 1e-6)
+    # Not a minimum: that would turn NaN into 1.
+    scale = tl.where(scale > 1.0, 1.0, scale)
+    step = tl.load(step_ptr)
+    rate = LR / -expm1(step * LOG_BETA1)
+    unbias2 = -expm1(step * LOG_BETA2)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    grad = read(grad_ptr, at, inside) * scale
+    mean = read(mean_ptr, at, inside)
+    mean += (grad - mean) * (1.0 - BETA1)
+    square = BETA2 * read(square_ptr, at, inside) + (1.0 - BETA2) * grad * grad
+    param = read(param_ptr, at, inside) - rate * mean / (tl.sqrt(square / unbias2) + EPS)
+    tl.store(mean_ptr + at, mean, mask=inside)
+    tl.store(square_ptr + at, square, mask=inside)
+    tl.store(param_ptr + at, param, mask=inside)
+    slow = read(slow_ptr, at, at < slow_size)
+    tl.store(slow_ptr + at, slow + (param - slow) * RATE, mask=at < slow_size)
+    if tl.program_id(0) == 0:
+        tl.store(norm_ptr, norm)
+
+
+@torch.library.custom_op(
+    "fastdreamer::adam_step", mutates_args=("param", "mean", "square", "step", "slow")
+)
+def _step(
+    param: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: Tensor,
+    slow: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip: float,
+    rate: float,
+) -> Tensor:
+    size = param.numel()
+    count = min(PARTIALS, cdiv(size, BLOCK))
+    partial, norm = grad.new_empty(count), grad.new_empty(())
+    launch(norm_kernel, (count,), *(grad, partial, step, size), num_warps=4, BLOCK=BLOCK)
+    launch(
+        step_kernel,
+        (cdiv(size, BLOCK),),
+        *(param, grad, mean, square, step, param if slow is None else slow, partial, norm),
+        *(size, 0 if slow is None else slow.numel(), count),
+        num_warps=4,
+        LR=lr,
+        BETA1=beta1,
+        BETA2=beta2,
+        LOG_BETA1=math.log(beta1),
+        LOG_BETA2=math.log(beta2),
+        EPS=eps,
+        CLIP=clip,
+        RATE=rate,
+        PARTIALS=PARTIALS,
+        BLOCK=BLOCK,
+    )
+    return norm
+
+
+@_step.register_fake
+def _(
+    param: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: Tensor,
+    slow: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip: float,
+    rate: float,
+) -> Tensor:
+    return grad.new_empty(())
+
+
+@torch.no_grad()
+def adam_step(
+    param: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: Tensor,
+    slow: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    clip: float,
+    rate: float,
+) -> Tensor:
+    """As `reference.adam_step`, in float32 on CUDA, all contiguous.
+
+    Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
+    """
+    tensors = {"param": param, "grad": grad, "mean": mean, "square": square, "step": step}
+    tensors |= {} if slow is None else {"slow": slow}
+    check("adam_step", tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"adam_step: {name} is {tensor.dtype}: parameters and moments are kept in float32.")
+    return _step(param, grad, mean, square, step, slow, lr, beta1, beta2, eps, clip, rate)

@@ -1,0 +1,262 @@
+"""The inputs and shapes that tests, benchmarks and profiles share: each operation at every size of the presets."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdreamer_kernels.gather_sequences.reference import Steps
+
+Inputs = dict[str, Any]
+"""An operation's arguments by name."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of a preset's networks, and how many parameters its world model and critic have (one action, no decoder)."""
+
+    deter: int  # D
+    channels: int  # of the first convolution
+    units: int  # U
+    stoch: int  # S
+    classes: int  # K
+    bins: int
+    model: int
+    critic: int
+
+
+SIZES = {
+    "tiny": Widths(128, 4, 64, 8, 8, 63, 238_521, 16_511),
+    "XS": Widths(256, 24, 256, 32, 32, 255, 4_722_769, 393_727),
+    "S": Widths(512, 32, 512, 32, 32, 255, 13_029_825, 1_181_439),
+    "M": Widths(1024, 48, 640, 32, 32, 255, 26_682_529, 2_297_215),
+    "L": Widths(2048, 64, 768, 32, 32, 255, 55_102_849, 4_331_007),
+    "XL": Widths(4096, 96, 1024, 32, 32, 255, 144_168_769, 9_708_799),
+}
+BATCH, LENGTH, HORIZON = 16, 64, 15
+ROWS = BATCH * LENGTH
+"""N: start states of imagination."""
+IMAGINED = ROWS * (HORIZON + 1)
+"""Rows of everything that looks at whole imagined trajectories."""
+
+
+class Draw:
+    """Random tensors on a device, the same for a seed on every device."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int):
+        self.dtype, self.device, self._generator = dtype, device, torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        drawn = torch.randn(*shape, generator=self._generator) * std + mean
+        return drawn.to(self.device, dtype or self.dtype)
+
+    def weight(self, *shape: int, mean: float) -> Tensor:
+        """Parameters are kept in fp32 whatever the activations' dtype, or in fp64."""
+        return self.normal(*shape, mean=mean, std=0.3, dtype=torch.promote_types(self.dtype, torch.float32))
+
+    def uniform(self, *shape: int) -> Tensor:
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        return torch.rand(*shape, generator=self._generator).to(self.device, dtype)
+
+    def flags(self, *shape: int, rate: float) -> Tensor:
+        return (torch.rand(*shape, generator=self._generator) < rate).to(self.device)
+
+    def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.randint(high, shape, generator=self._generator).to(self.device, dtype)
+
+
+def gru_gates(draw: Draw, rows: int, deter: int) -> Inputs:
+    return {
+        "pre": draw.normal(rows, 3 * deter),
+        "deter": draw.normal(rows, deter, std=0.5),
+        "weight": draw.weight(3 * deter, mean=1),
+        "bias": draw.weight(3 * deter, mean=0),
+        "eps": 1e-3,
+    }
+
+
+def sample_onehot(draw: Draw, rows: int, stoch: int, classes: int) -> Inputs:
+    return {
+        "logits": draw.normal(rows, stoch, classes, std=2),
+        "uniform": draw.uniform(rows, stoch),
+        "unimix": 0.01,
+    }
+
+
+def layer_norm_act(draw: Draw, rows: int, columns: int) -> Inputs:
+    return {
+        "x": draw.normal(rows, columns, mean=0.5, std=2),
+        "weight": draw.weight(columns, mean=1),
+        "bias": draw.weight(columns, mean=0),
+        "eps": 1e-3,
+    }
+
+
+def batch_norm_act(draw: Draw, rows: int, columns: int, batch_stats: bool) -> Inputs:
+    return layer_norm_act(draw, rows, columns) | {
+        "running_mean": draw.weight(columns, mean=0.5),
+        "running_var": draw.weight(columns, mean=0).square() + 1,
+        "batch_stats": batch_stats,
+        "momentum": 0.1,
+    }
+
+
+def twohot_mean(draw: Draw, rows: int, bins: int) -> Inputs:
+    return {"logits": draw.normal(rows, bins), "low": -20.0, "high": 20.0}
+
+
+def twohot_loss(draw: Draw, rows: int, bins: int) -> Inputs:
+    return twohot_mean(draw, rows, bins) | {"target": draw.normal(rows, std=100, dtype=draw.uniform(0).dtype)}
+
+
+def kl_balance(draw: Draw, rows: int, stoch: int, classes: int) -> Inputs:
+    return {
+        "posterior": draw.normal(rows, stoch, classes),
+        "prior": draw.normal(rows, stoch, classes),
+        "unimix": 0.01,
+        # Near the middle of what such logits give, so that free nats bind in some rows.
+        "free": 0.9 * stoch * (1 - 1 / classes),
+    }
+
+
+def lambda_return(draw: Draw, steps: int, columns: int, last: bool) -> Inputs:
+    return {
+        "reward": draw.normal(steps, columns),
+        "discount": draw.normal(steps, columns, std=2).sigmoid(),
+        "value": draw.normal(steps, columns),
+        "last": draw.flags(steps, columns, rate=0.1) if last else None,
+        "lam": 0.95,
+    }
+
+
+def gather_sequences(
+    draw: Draw, ring: int, batch: int, length: int, image: int, vector: int, action: int, shift: bool
+) -> Inputs:
+    """`image`: pixels of a side, 0 for none. The draw's dtype is that of the images that come out."""
+    steps = Steps(
+        draw.integers(256, ring, 3, image, image, dtype=torch.uint8) if image else None,
+        draw.normal(ring, vector, dtype=torch.float32) if vector else None,
+        draw.normal(ring, action, dtype=torch.float32),
+        draw.normal(ring, dtype=torch.float32),
+        *(draw.flags(ring, rate=0.1) for _ in range(3)),
+    )
+    return {
+        "ring": steps,
+        "index": draw.integers(ring, batch, length),
+        "begins": draw.flags(batch, length, rate=0.1),
+        "dtype": draw.dtype,
+        "shift": shift,
+    }
+
+
+def adam_step(draw: Draw, parameters: int, slow: int) -> Inputs:
+    wide = torch.promote_types(draw.dtype, torch.float32)
+    return {
+        "param": draw.normal(parameters, dtype=wide),
+        "grad": draw.normal(parameters, dtype=wide),
+        "mean": draw.normal(parameters, std=0.1, dtype=wide),
+        "square": draw.normal(parameters, std=0.1, dtype=wide).square(),
+        "step": torch.full((), 2.0, dtype=wide, device=draw.device),
+        "slow": draw.normal(slow, dtype=wide) if slow else None,
+        # As long a step as lets a test see what an error would do; the clip binds.
+        "lr": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "clip": 0.5 * math.sqrt(parameters),
+        "rate": 0.02,
+    }
+
+
+MAKERS: dict[str, Callable[..., Inputs]] = {
+    make.__name__: make
+    for make in (
+        gru_gates, sample_onehot, layer_norm_act, batch_norm_act, twohot_loss, twohot_mean, kl_balance, lambda_return,
+        gather_sequences, adam_step,
+    )
+}  # fmt: skip
+LEARNED = {
+    "gru_gates": ("pre", "deter", "weight", "bias"),
+    "sample_onehot": ("logits",),
+    "layer_norm_act": ("x", "weight", "bias"),
+    "batch_norm_act": ("x", "weight", "bias"),
+    "twohot_loss": ("logits",),
+    "twohot_mean": ("logits",),
+    "kl_balance": ("posterior", "prior"),
+    "lambda_return": ("reward", "discount", "value"),
+}
+"""Which arguments an operation has gradients for; those that are missing here are not differentiable."""
+WRITTEN = {
+    "batch_norm_act": ("running_mean", "running_var"),
+    "adam_step": ("param", "mean", "square", "step", "slow"),
+}
+"""Which arguments an operation changes in place."""
+MOST = {"rows": 512, "columns": 64, "ring": 16, "batch": 2, "length": 4, "parameters": 4096, "slow": 1024}
+"""Where `smaller` cuts: sizes that decide how much there is to do, and not which kernel does it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operation at one shape. `sizes` are the arguments of the operation's maker in this module."""
+
+    operation: str
+    label: str
+    sizes: dict[str, int]
+
+    def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
+        """Arguments by name, activations in `dtype`. The same numbers, rounded, for every dtype and device."""
+        return MAKERS[self.operation](Draw(dtype, device, seed), **self.sizes)
+
+    def smaller(self) -> "Case":
+        """The same kernels with less to do."""
+        cut = {} if self.operation in ("layer_norm_act", "batch_norm_act") else {"columns": MOST["columns"]}
+        most = {name: size for name, size in MOST.items() if name != "columns"} | cut
+        return replace(self, sizes={name: min(size, most.get(name, size)) for name, size in self.sizes.items()})
+
+
+def preset(size: str) -> list[Case]:
+    """What an update at a preset's size (B 16, T 64, H 15) calls, at the shapes at which it spends its time."""
+    w = SIZES[size]
+    maps = [((32 >> i) ** 2, w.channels << i) for i in range(4)]  # (pixels, channels) of the encoder's
+    latent = {"stoch": w.stoch, "classes": w.classes}
+
+    def case(operation: str, label: str, **sizes: int) -> Case:
+        return Case(operation, f"{size} {label}", sizes)
+
+    return [
+        case("gru_gates", "imagined step", rows=ROWS, deter=w.deter),
+        case("gru_gates", "whole trajectories", rows=IMAGINED, deter=w.deter),
+        case("sample_onehot", "imagined step", rows=ROWS, **latent),
+        case("sample_onehot", "whole trajectories", rows=IMAGINED, **latent),
+        case("layer_norm_act", "hidden layer, imagined step", rows=ROWS, columns=w.units),
+        case("layer_norm_act", "hidden layer, whole trajectories", rows=IMAGINED, columns=w.units),
+        *(
+            case("layer_norm_act", f"encoder map {i}", rows=pixels * ROWS, columns=channels)
+            for i, (pixels, channels) in enumerate(maps)
+        ),
+        case("batch_norm_act", "posterior step", rows=BATCH, columns=w.units, batch_stats=True),
+        case("batch_norm_act", "posterior step, acting", rows=BATCH, columns=w.units, batch_stats=False),
+        *(
+            case("batch_norm_act", f"encoder map {i}", rows=pixels * ROWS, columns=channels, batch_stats=True)
+            for i, (pixels, channels) in enumerate(maps)
+        ),
+        case("twohot_loss", "critic", rows=IMAGINED, bins=w.bins),
+        case("twohot_mean", "critic", rows=IMAGINED, bins=w.bins),
+        case("kl_balance", "sequences", rows=ROWS, **latent),
+        case("kl_balance", "16 times as many", rows=IMAGINED, **latent),
+        case("lambda_return", "imagined", steps=HORIZON + 1, columns=ROWS, last=False),
+        case("lambda_return", "sequences", steps=LENGTH, columns=BATCH, last=True),
+        case(
+            "gather_sequences", "pixels", ring=100_000, batch=BATCH, length=LENGTH, image=64, vector=0, action=6,
+            shift=False,
+        ),
+        case(
+            "gather_sequences", "vectors", ring=100_000, batch=BATCH, length=LENGTH, image=0, vector=24, action=6,
+            shift=True,
+        ),
+        case("adam_step", "world model", parameters=w.model, slow=0),
+        case("adam_step", "critic", parameters=w.critic, slow=w.critic),
+    ]  # fmt: skip

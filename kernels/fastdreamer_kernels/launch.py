@@ -1,0 +1,116 @@
+"""Starting Triton kernels, and what every launcher needs: tile sizes, checks of its tensors, a record of launches."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run in Triton's interpreter, on CPU tensors. Read when a kernel's module is imported, never later."""
+
+MAX_COLUMNS = 16384
+"""The widest row that one program holds."""
+
+
+class Launch(NamedTuple):
+    """One start of a kernel: what is passed, and the constants it is compiled for."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    num_warps: int
+    constants: dict[str, Any]
+
+
+_records: list[list[Launch]] = []
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Launches inside are noted and not run, so that what they would compile can be compiled for another machine.
+
+    Tensors that a kernel would have written stay as they were allocated.
+    """
+    launches: list[Launch] = []
+    _records.append(launches)
+    try:
+        yield launches
+    finally:
+        _records.remove(launches)
+
+
+def launch(kernel: Any, grid: Sequence[int], *args: Any, num_warps: int, **constants: Any) -> None:
+    """Starts `kernel` on the device of its first tensor."""
+    if _records:
+        _records[-1].append(Launch(kernel, tuple(grid), args, num_warps, constants))
+        return
+    with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
+        kernel[tuple(grid)](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class Tile(NamedTuple):
+    """What one program holds at a time: `rows` x `columns` elements (powers of two), shared out over `warps`."""
+
+    rows: int
+    columns: int
+    warps: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "COLUMNS": self.columns}
+
+
+def tile(columns: int, *, elements: int, per_thread: int) -> Tile:
+    """Whole rows of `columns` (masked up to a power of two), as many as make about `elements` elements.
+
+    `per_thread` elements of it go to each thread: few where a kernel keeps many values of an element alive. Raises
+    ValueError for rows that no program can hold.
+    """
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"rows of {columns} are too wide for the fused kernels: {MAX_COLUMNS} at most.")
+    width = triton.next_power_of_2(max(columns, 1))
+    # In the interpreter a step costs the same for one element as for thousands.
+    rows = max(1, (min(1024 * width, 16 * elements) if INTERPRETED else elements) // width)
+    return Tile(rows, width, min(32, max(1, rows * width // (32 * per_thread))))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs(device: torch.device, work: int) -> int:
+    """How many programs share `work` tiles where each goes over several and keeps a sum of its own: 4 a processor.
+
+    Elsewhere than on a GPU there are two, so that the interpreter, too, meets programs with several tiles.
+    """
+    return max(1, min(work, 4 * _processors(device) if device.type == "cuda" else 2))
+
+
+def check(operation: str, floats: dict[str, Tensor], others: dict[str, Tensor] | None = None) -> None:
+    """Raises a TypeError or ValueError that names the tensor a kernel of `operation` cannot take, and the mend."""
+    tensors = floats | (others or {})
+    device = next(iter(tensors.values())).device
+    for name, tensor in tensors.items():
+        if tensor.device != device:
+            raise ValueError(f"{operation}: {name} is on {tensor.device}, the others on {device}: move it there.")
+        if device.type != "cuda" and not INTERPRETED and not _records:
+            raise ValueError(
+                f"{operation}: {name} is on {device} and the fused kernels need CUDA: use ops.load('reference')."
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(f"{operation}: {name} {tuple(tensor.shape)} is not contiguous: pass {name}.contiguous().")
+    for name, tensor in floats.items():
+        if tensor.dtype not in (torch.float32, torch.bfloat16):
+            raise TypeError(f"{operation}: {name} is {tensor.dtype}: the fused kernels take float32 and bfloat16.")

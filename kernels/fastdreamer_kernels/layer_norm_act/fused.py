@@ -1,0 +1,131 @@
+"""LayerNorm and SiLU in one pass each way. The backward pass recomputes the statistics: a row is there anyway."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastdreamer_kernels.blocks import normalise, place, read, silu, silu_slope, sum_rows, write
+from fastdreamer_kernels.launch import cdiv, check, launch, programs, tile
+
+
+@triton.jit(do_not_specialize=["rows"])
+def forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    row, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
+    x = read(x_ptr, at, inside)
+    weight = read(weight_ptr, column, column < columns)
+    bias = read(bias_ptr, column, column < columns)
+    normal, _ = normalise(x, inside, columns, EPS)
+    out = silu(normal * weight[None, :] + bias[None, :])
+    write(out_ptr, at, out, inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def backward_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    dout_ptr,
+    dx_ptr,
+    partial_ptr,
+    rows,
+    columns,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """dx, and each program's own sums of dweight and dbias: partial (programs, 2, columns) fp32."""
+    column = tl.arange(0, COLUMNS)
+    weight = read(weight_ptr, column, column < columns)
+    bias = read(bias_ptr, column, column < columns)
+    # Summed over rows once, after the loop: a sum across warps in every turn would cost more than these registers.
+    dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
+    dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        _, _, at, inside = place(start, rows, columns, ROWS, COLUMNS)
+        x = read(x_ptr, at, inside)
+        dout = read(dout_ptr, at, inside)
+        normal, rstd = normalise(x, inside, columns, EPS)
+        dscaled = dout * silu_slope(normal * weight[None, :] + bias[None, :])
+        dweight += dscaled * normal
+        dbias += dscaled
+        dnormal = dscaled * weight[None, :]
+        shift = tl.sum(dnormal, 1) / columns
+        slope = tl.sum(dnormal * normal, 1) / columns
+        dx = (dnormal - shift[:, None] - normal * slope[:, None]) * rstd[:, None]
+        write(dx_ptr, at, dx, inside)
+    own = partial_ptr + tl.program_id(0) * 2 * columns + column
+    tl.store(own, sum_rows(dweight, ROWS, COLUMNS), mask=column < columns)
+    tl.store(own + columns, sum_rows(dbias, ROWS, COLUMNS), mask=column < columns)
+
+
+@torch.library.custom_op("fastdreamer::layer_norm_act", mutates_args=())
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    out = torch.empty_like(x)
+    columns = x.shape[-1]
+    rows, t = x.numel() // columns, tile(columns, elements=2048, per_thread=16)
+    launch(
+        forward_kernel,
+        (cdiv(rows, t.rows),),
+        *(x, weight, bias, out, rows, columns),
+        num_warps=t.warps,
+        EPS=eps,
+        **t.constants,
+    )
+    return out
+
+
+@forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("fastdreamer::layer_norm_act_backward", mutates_args=())
+def backward(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """dx as x, and dweight over dbias, (2, C) fp32."""
+    dx = torch.empty_like(x)
+    columns = x.shape[-1]
+    rows, t = x.numel() // columns, tile(columns, elements=1024, per_thread=8)
+    count = programs(x.device, cdiv(rows, t.rows))
+    partial = x.new_empty(count, 2, columns, dtype=torch.float32)
+    launch(
+        backward_kernel,
+        (count,),
+        *(x, weight, bias, dout, dx, partial, rows, columns),
+        num_warps=t.warps,
+        EPS=eps,
+        **t.constants,
+    )
+    return dx, partial.sum(0)
+
+
+@backward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(2, x.shape[-1], dtype=torch.float32)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    dx, (dweight, dbias) = backward(x, weight, bias, dout.contiguous(), ctx.eps)
+    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None
+
+
+forward.register_autograd(_backward, setup_context=_setup)
+
+
+def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """As `reference.layer_norm_act`, in float32 or bfloat16 on CUDA; x, weight and bias contiguous.
+
+    Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
+    """
+    check("layer_norm_act", {"x": x, "weight": weight, "bias": bias})
+    return forward(x, weight, bias, eps)
