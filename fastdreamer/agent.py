@@ -14,7 +14,7 @@ from fastdreamer.behavior import Behavior, ImaginationNoise
 from fastdreamer.config import Config
 from fastdreamer.distributions import action_noise
 from fastdreamer.envs.base import Spaces
-from fastdreamer.optim import Optimizer, ema_update
+from fastdreamer.optim import Optimizer
 from fastdreamer.rssm import State
 from fastdreamer.world_model import Batch, WorldModel
 
@@ -45,7 +45,7 @@ class Agent(nn.Module):
 
     def __init__(self, spaces: Spaces, config: Config, ops: Ops):
         super().__init__()
-        self.spaces, self.config = spaces, config
+        self.spaces, self.config, self.ops = spaces, config, ops
         self.world_model = WorldModel(spaces, config, ops)
         self.behavior = Behavior(self.world_model.rssm.features, spaces, config, ops)
         self.value_teacher = copy.deepcopy(self.world_model.value)
@@ -53,14 +53,33 @@ class Agent(nn.Module):
             self.value_teacher.requires_grad_(False)
 
     def make_optimizers(self) -> "Optimizers":
-        optim = self.config.optim
+        """The three optimisers, whose steps also move the slow copies of value head and critic.
+
+        The agent's parameters move into vectors of theirs, so make them where the agent is to stay.
+        """
+        optim, value, critic = self.config.optim, self.world_model.value, self.behavior.critic
         behavior = {"lr": optim.behavior_lr, "eps": optim.behavior_eps, "clip": optim.behavior_clip}
+        teacher = []
+        if self.value_teacher is not None and value is not None:
+            teacher = zip(self.value_teacher.parameters(), value.parameters(), strict=True)
         return Optimizers(
             model=Optimizer(
-                self.world_model.parameters(), lr=optim.model_lr, eps=optim.model_eps, clip=optim.model_clip
+                self.world_model.parameters(),
+                self.ops,
+                lr=optim.model_lr,
+                eps=optim.model_eps,
+                clip=optim.model_clip,
+                slow=teacher,
+                rate=self.config.model.teacher_ema,
             ),
-            actor=Optimizer(self.behavior.actor.parameters(), **behavior),
-            critic=Optimizer(self.behavior.critic.parameters(), **behavior),
+            actor=Optimizer(self.behavior.actor.parameters(), self.ops, **behavior),
+            critic=Optimizer(
+                critic.parameters(),
+                self.ops,
+                slow=zip(self.behavior.slow_critic.parameters(), critic.parameters(), strict=True),
+                rate=self.config.behavior.ema,
+                **behavior,
+            ),
         )
 
     def draw_update_noise(self, generator: torch.Generator) -> UpdateNoise:
@@ -109,13 +128,13 @@ class Agent(nn.Module):
 
     def update(self, batch: Batch, noise: UpdateNoise, optimizers: "Optimizers") -> dict[str, Tensor]:
         """One training update on sequences (B, T). Returns losses and other scalars, on the device."""
-        # World model
+        # World model, and the teacher of its value head
         model = self.world_model.loss(batch, noise.posterior, self.value_teacher)
         metrics = {f"loss/{name}": part.detach() for name, part in model.parts.items()}
         metrics["loss/model"] = model.total.detach()
         metrics["grad/model"] = optimizers.model.step(model.total)
 
-        # Behaviour, from every posterior state: (B, T, ...) -> (N, ...)
+        # Behaviour, from every posterior state, and the critic's slow copy: (B, T, ...) -> (N, ...)
         start = State(model.posterior.deter.flatten(0, 1), model.posterior.stoch.flatten(0, 1))
         cont = 1 - batch["is_terminal"].flatten().float()
         behavior = self.behavior.loss(self.world_model, start, cont, noise.imagination)
@@ -123,11 +142,6 @@ class Agent(nn.Module):
         metrics["grad/critic"] = optimizers.critic.step(behavior.critic)
         losses = ("actor", "critic")
         metrics |= {f"{'loss' if k in losses else 'behavior'}/{k}": v for k, v in behavior.parts.items()}
-
-        # Slow copies
-        ema_update(self.behavior.slow_critic, self.behavior.critic, self.config.behavior.ema)
-        if self.value_teacher is not None and self.world_model.value is not None:
-            ema_update(self.value_teacher, self.world_model.value, self.config.model.teacher_ema)
         return metrics
 
 

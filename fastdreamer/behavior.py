@@ -123,6 +123,6 @@ class Behavior(nn.Module):
 
     def update_return_scale(self, returns: Tensor) -> Tensor:
         """max(1, range of returns between their 5 % and 95 % percentiles), after the range's EMA took `returns` in."""
-        percentiles = torch.quantile(returns.float().flatten(), self.percentiles)
+        percentiles = torch.quantile(returns.flatten(), self.percentiles)
         self.return_range.lerp_(percentiles, 1 - self.config.behavior.return_decay)
         return torch.clamp(self.return_range[1] - self.return_range[0], min=1.0)

@@ -121,7 +121,7 @@ def dream(agent: Agent, evaluation: Evaluation, device: torch.device) -> tuple[n
 def load_agent(run: Path, config: Config, device: torch.device) -> Agent:
     """The agent of a run's last checkpoint. Raises BadInput where there is none that fits."""
     state = Checkpoints(run).load()
-    agent = Agent(Spaces(**state["spaces"]), config, ops.load(config.run.kernels))
+    agent = Agent(Spaces(**state["spaces"]), config, ops.load("auto", device))
     check_shapes(shapes(agent.state_dict()), shapes(state["agent"]))
     agent.load_state_dict(state["agent"])
     return agent.to(device)

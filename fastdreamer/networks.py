@@ -38,8 +38,8 @@ def linear(inputs: int, outputs: int, *, bias: bool, zero: bool = False) -> nn.L
 
 
 def scale_image(image: Tensor) -> Tensor:
-    """uint8 pixels to floats in [-0.5, 0.5]."""
-    return image.float().div_(255).sub_(0.5)
+    """uint8 pixels to floats in [-0.5, 0.5]; floats are scaled already, as they left the replay."""
+    return image if image.is_floating_point() else image.float().div_(255).sub_(0.5)
 
 
 class LayerNormAct(nn.Module):
@@ -116,7 +116,7 @@ class Head(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """uint8 images (..., 3, 64, 64) to embeddings (..., 4*4*8C): four convolutions, kernel 4, stride 2."""
+    """Images (..., 3, 64, 64), uint8 or scaled, to embeddings (..., 4*4*8C): four convolutions, kernel 4, stride 2."""
 
     def __init__(self, widths: Size, model: ModelConfig, ops: Ops):
         super().__init__()
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
         self.embed = (self.image.embed if self.image else 0) + (widths.units if self.vector else 0)
 
     def forward(self, obs: dict[str, Tensor], *, batch_stats: bool) -> Tensor:
-        """`obs`: image uint8 (..., 3, 64, 64) and/or vector float32 (..., V)."""
+        """`obs`: image (..., 3, 64, 64), uint8 or scaled, and/or vector float32 (..., V)."""
         parts = []
         if self.image is not None:
             parts.append(self.image(obs["image"], batch_stats=batch_stats))

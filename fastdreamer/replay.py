@@ -5,6 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from fastdreamer_kernels.gather_sequences import reference
+from fastdreamer_kernels.gather_sequences.reference import Steps
+from fastdreamer_kernels.ops import GatherSequences
 from torch import Tensor
 
 from fastdreamer.config import BadInput
@@ -24,12 +27,22 @@ class Replay:
 
     Raises BadInput where the ring would not fit when full, before any of it is allocated: on the CPU untouched pages
     cost nothing, and a run would die hours later. `pin` page-locks the ring and the batches drawn from it (host
-    memory, with CUDA), which a copy to the GPU needs to run beside the update.
+    memory, with CUDA), which a copy to the GPU needs to run beside the update. Batches are gathered by `gather`, their
+    images as `images`: scaled floats, or uint8, the fewest bytes where they have a way to go.
     """
 
     def __init__(
-        self, spaces: Spaces, num_envs: int, capacity: int, *, device: torch.device | str = "cpu", pin: bool = False
+        self,
+        spaces: Spaces,
+        num_envs: int,
+        capacity: int,
+        *,
+        gather: GatherSequences = reference.gather_sequences,
+        images: torch.dtype = torch.uint8,
+        device: torch.device | str = "cpu",
+        pin: bool = False,
     ) -> None:
+        self.gather, self.images = gather, images
         self.device, self.num_envs, self.slots = torch.device(device), num_envs, capacity // num_envs
         if not self.slots:
             raise BadInput(f"--replay-capacity is {capacity}: make it at least --envs ({num_envs}).")
@@ -40,7 +53,6 @@ class Replay:
                 f"--replay-capacity {capacity} needs {need / 1e9:.1f} GB when full and {self.device} has "
                 f"{free / 1e9:.1f} GB free: lower it to at most {free // self.bytes(spaces, 1)}{elsewhere}."
             )
-        self.pin = pin
         self.fields = {
             name: torch.empty(self.slots, num_envs, *shape, dtype=dtype, device=self.device, pin_memory=pin)
             for name, (shape, dtype) in _layout(spaces).items()
@@ -109,19 +121,11 @@ class Replay:
         step = (start[:, None] + torch.arange(length, device=self.device)) % total  # (B, T) places on the circle
         stream, age = step // count, step % count  # age: 0 for the oldest
         index = (self._added - count + age) % self.slots * self.num_envs + stream
-        batch = {name: self._take(field, index) for name, field in self.fields.items()}
-        begins = age == 0
-        batch["is_first"].logical_or_(begins)
-        batch["reward"].masked_fill_(begins, 0)
-        batch["action"].masked_fill_(begins[..., None], 0)
-        return batch
-
-    def _take(self, field: Tensor, index: Tensor) -> Tensor:
-        """(B, T, ...) of a field by flat step numbers int64 (B, T)."""
-        shape = field.shape[2:]
-        out = torch.empty(index.numel(), *shape, dtype=field.dtype, device=self.device, pin_memory=self.pin)
-        # index_select copies whole steps: on the CPU ten times as fast for images as indexing with brackets.
-        return torch.index_select(field.flatten(0, 1), 0, index.flatten(), out=out).view(*index.shape, *shape)
+        absent: dict[str, Tensor | None] = {"image": None, "vector": None}
+        ring = Steps(**absent | {name: field.flatten(0, 1) for name, field in self.fields.items()})
+        # Each row holds the action that led to it, so none has to be shifted.
+        batch = self.gather(ring, index, age == 0, self.images, shift=False)
+        return {name: field for name, field in batch._asdict().items() if field is not None}
 
     def rows(self, start: int, stop: int) -> dict[str, np.ndarray]:
         """Copies of the rows numbered `start` to `stop` - 1, each field (stop - start, N, ...). They must be stored."""

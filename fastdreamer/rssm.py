@@ -80,7 +80,7 @@ class RSSM(nn.Module):
 
     def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
         """z (N, S, K) from logits (N, S, K) and uniforms (N, S); the gradient is straight-through."""
-        return self.ops.sample_onehot(logits, uniform, self.unimix)
+        return self.ops.sample_onehot(logits, uniform.contiguous(), self.unimix)
 
     def observe_step(
         self,

@@ -44,12 +44,16 @@ INIT_STREAM, LEARN_STREAM, ACT_STREAM, REPLAY_STREAM, PREFILL_STREAM = range(5)
 """A run's independent streams of randomness."""
 
 
-def build_agent(config: Config, spaces: Spaces, device: torch.device) -> Agent:
-    """An agent with weights drawn from the run's seed. Raises BadInput where it cannot fit into memory."""
+def load_ops(config: Config, device: torch.device) -> ops.Ops:
+    """The implementation of the hot operations that `--kernels` names. Raises BadInput where it cannot run."""
     try:
-        operations = ops.load(config.run.kernels)
-    except NotImplementedError as error:
-        raise BadInput(f"--kernels {config.run.kernels}: {error}; use --kernels reference.") from None
+        return ops.load(config.run.kernels, device)
+    except ops.Unavailable as error:
+        raise BadInput(f"--kernels {config.run.kernels} cannot run: {error}; use --kernels auto.") from None
+
+
+def build_agent(config: Config, spaces: Spaces, operations: ops.Ops, device: torch.device) -> Agent:
+    """An agent with weights drawn from the run's seed. Raises BadInput where it cannot fit into memory."""
     with torch.device("meta"):
         need, free = state_bytes(Agent(spaces, config, operations)), available_memory(device)
     if need > free:
@@ -63,10 +67,11 @@ def build_agent(config: Config, spaces: Spaces, device: torch.device) -> Agent:
 
 
 def state_bytes(agent: nn.Module) -> int:
-    """Bytes of weights and slow copies, and of a gradient and Adam's two moments for each trainable weight."""
+    """Bytes of weights and slow copies, and for each trainable weight of its gradient (as it arrives, and in the
+    optimiser's vector) and Adam's two moments."""
     tensors = [*agent.parameters(), *agent.buffers()]
     trainable = [p for p in agent.parameters() if p.requires_grad]
-    return sum(t.numel() * t.element_size() for t in tensors) + 3 * sum(p.numel() * 4 for p in trainable)
+    return sum(t.numel() * t.element_size() for t in tensors) + 4 * sum(p.numel() * 4 for p in trainable)
 
 
 class Trainer:
@@ -78,18 +83,22 @@ class Trainer:
         self.device = choose_device(config.run.device)
         prepare_process(self.device)
         replay_device = torch.device("cpu") if config.replay.replay_device == "cpu" else self.device
+        near = replay_device == self.device
         self.decisions = 0
         self.envs = envs.make(config.task, config.env, config.seed)
         try:
-            self.agent = build_agent(config, self.envs.spaces, self.device)
+            operations = load_ops(config, self.device)
+            self.agent = build_agent(config, self.envs.spaces, operations, self.device)
             self.optimizers = self.agent.make_optimizers()
             print(describe(self.envs.spaces, config.replay.replay_capacity, replay_device), flush=True)
             self.replay = Replay(
                 self.envs.spaces,
                 config.env.envs,
                 config.replay.replay_capacity,
+                gather=(operations if near else ops.load("reference")).gather_sequences,
+                images=torch.float32 if near else torch.uint8,
                 device=replay_device,
-                pin=replay_device != self.device,
+                pin=not near,
             )
             self.noise = generator(self.device, config.seed, LEARN_STREAM)
             self.act_noise = generator(self.device, config.seed, ACT_STREAM)

@@ -19,7 +19,7 @@ from fastdreamer.networks import Decoder, Encoder, Head
 from fastdreamer.rssm import RSSM, State
 
 Batch = dict[str, Tensor]
-"""Rows (B, T): image uint8 (3, 64, 64) and/or vector float32 (V), action float32 (A) (the one that led to the row),
+"""Rows (B, T): image (3, 64, 64), uint8 or scaled to [-0.5, 0.5], and/or vector float32 (V), action float32 (A) (the one that led to the row),
 reward float32 (the one that arrived with the row), is_first, is_last, is_terminal bool."""
 
 LOOKING = 4
@@ -107,9 +107,8 @@ class WorldModel(nn.Module):
         next_is_first = torch.cat([batch["is_first"][:, 1:], torch.zeros_like(batch["is_first"][:, :1])], 1)
         last = batch["is_last"] | next_is_first
         # (B, T) -> (T, B) and back: returns run along the first axis.
-        return self.ops.lambda_return(
-            batch["reward"].T, (behavior.gamma * cont).T, (value.detach() * cont).T, last.T, behavior.lam
-        ).T
+        rows = (batch["reward"], behavior.gamma * cont, value.detach() * cont, last)
+        return self.ops.lambda_return(*(x.T.contiguous() for x in rows), behavior.lam).T
 
     def past_action_loss(self, embed: Tensor, features: Tensor, batch: Batch) -> Tensor:
         """-log p(a_{t-1} | x_t, s_{t-1}), (B, T): 0 where an episode, or the sequence, begins.

@@ -25,7 +25,7 @@ def grad_of(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def test_load_knows_what_there_is() -> None:
-    assert ops.load("auto") == ops.load("reference")
+    assert ops.load("auto", "cpu") == ops.load("reference")
     with pytest.raises(NotImplementedError, match="fused"):
         ops.load("fused")
 

@@ -273,8 +273,8 @@ def test_options_of_a_resumed_run_hold(tmp_path: Path) -> None:
     command, _ = parse_command(["--resume", str(folder), "--model-lr", "0.5"], cuda=False)
     with Trainer(command.config, folder, resume=True) as trainer:
         assert trainer.learner.updates > 0
-        assert trainer.optimizers.model.adam.param_groups[0]["lr"] == 0.5
-        assert trainer.optimizers.actor.adam.param_groups[0]["lr"] == command.config.optim.behavior_lr
+        assert trainer.optimizers.model.lr == 0.5
+        assert trainer.optimizers.actor.lr == command.config.optim.behavior_lr
 
 
 # Ends of all kinds, from outside

@@ -125,7 +125,7 @@ def kl_balance(draw: Draw, rows: int, stoch: int, classes: int) -> Inputs:
 def lambda_return(draw: Draw, steps: int, columns: int, last: bool) -> Inputs:
     return {
         "reward": draw.normal(steps, columns),
-        "discount": draw.normal(steps, columns, std=2).sigmoid(),
+        "discount": draw.uniform(steps, columns).to(draw.dtype),
         "value": draw.normal(steps, columns),
         "last": draw.flags(steps, columns, rate=0.1) if last else None,
         "lam": 0.95,

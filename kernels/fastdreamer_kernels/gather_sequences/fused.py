@@ -6,13 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import write
-from fastdreamer_kernels.gather_sequences.reference import Steps
+from fastdreamer_kernels.gather_sequences.reference import Steps, take
 from fastdreamer_kernels.launch import cdiv, check, launch
 
 
 @triton.jit
 def image_kernel(
-    ring_ptr, index_ptr, out_ptr, pixels, CHANNELS: tl.constexpr, SCALE: tl.constexpr, BLOCK: tl.constexpr
+    ring_ptr, index_ptr, out_ptr, pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program: BLOCK values of one image, in the order in which they are written, (pixels, CHANNELS)."""
     row = tl.program_id(0).to(tl.int64)
@@ -21,11 +21,8 @@ def image_kernel(
     inside = value < pixels * CHANNELS
     size = pixels * CHANNELS
     source = step * size + (value % CHANNELS) * pixels + value // CHANNELS
-    image = tl.load(ring_ptr + source, mask=inside, other=0)
-    if SCALE:
-        write(out_ptr, row * size + value, image.to(tl.float32) / 255.0 - 0.5, inside)
-    else:
-        tl.store(out_ptr + row * size + value, image, mask=inside)
+    image = tl.load(ring_ptr + source, mask=inside, other=0).to(tl.float32)
+    write(out_ptr, row * size + value, image / 255.0 - 0.5, inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -84,7 +81,7 @@ def fields_kernel(
 
 @torch.library.custom_op("fastdreamer::gather_images", mutates_args=())
 def gather_images(ring: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, T, H, W, 3) of a ring (M, 3, H, W)."""
+    """(B, T, H, W, 3), scaled, of a ring (M, 3, H, W)."""
     channels, height, width = ring.shape[1:]
     out = ring.new_empty(*index.shape, height, width, channels, dtype=dtype)
     launch(
@@ -93,7 +90,6 @@ def gather_images(ring: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
         *(ring, index, out, height * width),
         num_warps=8,
         CHANNELS=channels,
-        SCALE=dtype != torch.uint8,
         BLOCK=2048,
     )
     return out
@@ -158,5 +154,7 @@ def gather_sequences(ring: Steps, index: Tensor, begins: Tensor, dtype: torch.dt
     fields = {name: field for name, field in ring._asdict().items() if field is not None}
     check("gather_sequences", {}, {"index": index, "begins": begins} | fields)
     vector, *rest = gather_fields(index, begins, *ring[1:], shift)
-    image = None if ring.image is None else gather_images(ring.image, index, dtype).movedim(-1, -3)
+    image = ring.image
+    if image is not None:
+        image = take(image, index) if dtype == torch.uint8 else gather_images(image, index, dtype).movedim(-1, -3)
     return Steps(image, None if ring.vector is None else vector, *rest)

@@ -30,15 +30,14 @@ def gather_sequences(ring: Steps, index: Tensor, begins: Tensor, dtype: torch.dt
     keep it there (`shift` false), or with the step it was taken at (`shift`): then row t is given the action of row
     t - 1, and row 0, whose past is not in the sequence, none.
 
-    Images come as `dtype`: float32 or bfloat16 are scaled to [-0.5, 0.5], uint8 as they are; the result (B, T, 3, H, W)
-    lies channels-last in memory. Nothing is differentiable.
+    Images come as `dtype`: as float32 or bfloat16 scaled to [-0.5, 0.5] and (B, T, 3, H, W) channels-last in memory, as
+    uint8 untouched. What is taken from a page-locked ring is page-locked, unless it is scaled. Nothing is
+    differentiable.
     """
-    image = None
-    if ring.image is not None:
+    image = None if ring.image is None else take(ring.image, index)
+    if image is not None and dtype != torch.uint8:
         # (B, T, 3, H, W) with strides of (B, T, H, W, 3)
-        image = take(ring.image, index).movedim(-3, -1).contiguous().movedim(-1, -3)
-        if dtype != torch.uint8:
-            image = image.to(dtype).div_(255).sub_(0.5)
+        image = image.movedim(-3, -1).contiguous().movedim(-1, -3).to(dtype).div_(255).sub_(0.5)
     action = take(ring.action, index)
     if shift:
         action = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)
@@ -55,5 +54,9 @@ def gather_sequences(ring: Steps, index: Tensor, begins: Tensor, dtype: torch.dt
 
 def take(field: Tensor, index: Tensor) -> Tensor:
     """(B, T, ...) of a field (M, ...) by step numbers (B, T)."""
+    shape = index.numel(), *field.shape[1:]
+    # A ring in host memory is never part of a traced graph, which could not ask.
+    pin = not torch.compiler.is_compiling() and field.is_pinned()
+    out = torch.empty(shape, dtype=field.dtype, device=field.device, pin_memory=pin)
     # index_select copies whole steps: on a CPU ten times as fast for images as indexing with brackets.
-    return field.index_select(0, index.flatten()).unflatten(0, index.shape)
+    return torch.index_select(field, 0, index.flatten(), out=out).unflatten(0, index.shape)

@@ -1,0 +1,121 @@
+"""Whether a fused operation is right: how far it and its reference are from the truth, the reference in fp64."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastdreamer_kernels.cases import LEARNED, WRITTEN, Case, Inputs
+from fastdreamer_kernels.sample_onehot.reference import unimix_probs
+
+SLACK = 2.0
+"""A fused operation may be so many times as far from the truth as its reference is in the same dtype."""
+
+
+class Errors(NamedTuple):
+    """Mean absolute error over mean absolute value of one result: of the fused operation and of its reference."""
+
+    fused: float
+    reference: float
+    rounding: float
+    """What rounding to the result's dtype alone may cost."""
+
+    @property
+    def passes(self) -> bool:
+        return self.fused <= max(SLACK * self.reference, self.rounding)
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of an operation's result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for part in result if part is not None for tensor in tensors(part)]
+
+
+def widen(inputs: Inputs) -> Inputs:
+    """The same numbers in fp64."""
+    wide = {
+        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    return wide | ({"dtype": torch.float64} if "dtype" in inputs else {})
+
+
+def run(operation: Callable[..., Any], case: Case, inputs: Inputs, seed: int = 1) -> dict[str, Tensor]:
+    """Results of an operation by name: outputs, gradients of all that it learns, and what it wrote in place.
+
+    Gradients arrive as random numbers, the same for a seed.
+    """
+    learned = LEARNED.get(case.operation, ())
+    inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    leaves = [inputs[name].requires_grad_() for name in learned]
+    outs = tensors(operation(**inputs))
+    results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
+    if learned:
+        reached, generator = [out for out in outs if out.requires_grad], torch.Generator().manual_seed(seed)
+        # Rounded to bf16, so that every dtype can hold them.
+        grads = [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in reached]
+        found = torch.autograd.grad(reached, leaves, grads, allow_unused=True, materialize_grads=True)
+        results |= {f"d{name}": grad for name, grad in zip(learned, found, strict=True)}
+    written = {name: inputs[name] for name in WRITTEN.get(case.operation, ()) if inputs[name] is not None}
+    return results | written
+
+
+def compare(
+    fused: Callable[..., Any],
+    reference: Callable[..., Any],
+    case: Case,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seeds: Iterable[int] = (0,),
+) -> dict[str, Errors]:
+    """The errors of every result of a case, over the inputs of all seeds together.
+
+    A result of few numbers needs many seeds: rounding is a matter of luck in each of them. Raises AssertionError where
+    shapes or dtypes differ.
+    """
+    sums: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    for seed in seeds:
+        inputs = case.inputs(dtype, device, seed)
+        found, own = run(fused, case, inputs), run(reference, case, inputs)
+        assert found.keys() == own.keys()
+        for name, exact in run(reference, case, widen(inputs)).items():
+            assert (found[name].shape, found[name].dtype) == (own[name].shape, own[name].dtype), name
+            keep = decided(inputs) if case.operation == "sample_onehot" and name == "out0" else ...
+            exact = exact[keep].double()
+            apart = [(x[name][keep].double() - exact).abs().sum() for x in (found, own)]
+            sums[name] = sums.get(name, torch.zeros(3)) + torch.stack([*apart, exact.abs().sum()]).cpu()
+            dtypes[name] = own[name].dtype
+    errors = {}
+    for name, (fused_error, own_error, size) in sums.items():
+        scale = size if size else 1.0
+        errors[name] = Errors((fused_error / scale).item(), (own_error / scale).item(), rounding(dtypes[name]))
+    return errors
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of one rounding to a dtype: half a unit in the last place.
+
+    Triton's interpreter cuts numbers off on their way to bfloat16, which costs a whole one.
+    """
+    if not dtype.is_floating_point:
+        return 0.0
+    cut = dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1"
+    return torch.finfo(dtype).eps * (1.0 if cut else 0.5)
+
+
+def decided(inputs: Inputs) -> Tensor:
+    """Which draws (...) no rounding can turn: the uniform keeps away from every edge between two classes."""
+    edges = unimix_probs(inputs["logits"].double(), inputs["unimix"]).cumsum(-1)
+    return (edges - inputs["uniform"].double().unsqueeze(-1)).abs().amin(-1) > 1e-5
+
+
+def failures(errors: dict[str, Errors]) -> Iterable[str]:
+    """A line for each result that is too far from the truth."""
+    for name, error in errors.items():
+        # NaN fails every comparison, so it is among them.
+        if not error.passes:
+            yield f"{name}: error {error.fused:.1e}, the reference's {error.reference:.1e}"

@@ -1,0 +1,144 @@
+"""One whole update on the fused operations beside the same on their references: losses and gradients."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+from fastdreamer_kernels import ops
+from fastdreamer_kernels.compare import SLACK
+from torch import Tensor
+
+from fastdreamer.agent import Agent, UpdateNoise
+from fastdreamer.config import Config, defaults, parse_command
+from fastdreamer.envs.base import Spaces
+from fastdreamer.train import Trainer
+
+PIXELS = Spaces(image=True, vector=0, action=3, discrete=True)
+BOTH = Spaces(image=True, vector=5, action=2, discrete=False)
+
+
+def make_config(size: str, objective: str, batch: tuple[int, int], horizon: int) -> Config:
+    config = defaults("general", "gym/Test-v0", objective)
+    return replace(
+        config,
+        size=size,  # pyright: ignore[reportArgumentType]
+        behavior=replace(config.behavior, horizon=horizon),
+        optim=replace(config.optim, batch_size=batch[0], batch_length=batch[1]),
+    )
+
+
+def make_batch(spaces: Spaces, b: int, t: int) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(1)
+    batch = {
+        "image": torch.randint(0, 256, (b, t, 3, 64, 64), generator=g).float() / 255 - 0.5,
+        "action": torch.rand(b, t, spaces.action, generator=g) * 2 - 1,
+        "reward": torch.randn(b, t, generator=g),
+        **{name: torch.rand(b, t, generator=g) < 0.15 for name in ("is_first", "is_last", "is_terminal")},
+    }
+    batch["is_last"] |= batch["is_terminal"]
+    if spaces.vector:
+        batch["vector"] = torch.randn(b, t, spaces.vector, generator=g)
+    if spaces.discrete:
+        batch["action"] = torch.eye(spaces.action)[torch.randint(spaces.action, (b, t), generator=g)]
+    return batch
+
+
+def decided(noise: UpdateNoise, discrete: bool) -> UpdateNoise:
+    """The same noise with every uniform at one of its ends: the first or the last class is drawn, whatever is rounded.
+
+    A draw that rounding turned would make two right updates differ as much as two different ones.
+    """
+
+    def ends(uniform: Tensor) -> Tensor:
+        return (uniform < 0.5).to(uniform) * (1 - 2**-24)
+
+    imagination = noise.imagination
+    action = ends(imagination.action) if discrete else imagination.action
+    return UpdateNoise(ends(noise.posterior), imagination._replace(prior=ends(imagination.prior), action=action))
+
+
+def update(
+    kernels: ops.Choice, spaces: Spaces, config: Config, dtype: torch.dtype, device: str
+) -> dict[str, Tensor]:
+    """Losses, and the gradient of every optimiser, of the second of two updates from one state, batch and noise."""
+    torch.manual_seed(0)
+    agent = Agent(spaces, config, ops.load(kernels, device)).to(device)
+    with torch.no_grad():
+        # Heads that start at zero would pass no gradient on.
+        for head in (agent.world_model.reward, agent.world_model.value, agent.behavior.critic):
+            if head is not None:
+                head.out.weight.normal_(0, 0.1)
+    noise = decided(agent.draw_update_noise(torch.Generator().manual_seed(2)), spaces.discrete)
+    batch = make_batch(spaces, config.optim.batch_size, config.optim.batch_length)
+    if dtype == torch.float64:
+        agent.double()
+
+    def place(x: Tensor) -> Tensor:
+        return x.to(device, torch.float64 if dtype == torch.float64 and x.is_floating_point() else x.dtype)
+
+    noise = UpdateNoise(place(noise.posterior), type(noise.imagination)(*map(place, noise.imagination)))
+    batch = {name: place(field) for name, field in batch.items()}
+    optimizers = agent.make_optimizers()
+    narrow = torch.autocast(device, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+    metrics: dict[str, Tensor] = {}
+    for _ in range(2):
+        with narrow:
+            metrics = agent.update(batch, noise, optimizers)
+    losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
+    losses |= {f"gradient/{name}": optimizer.grad for name, optimizer in optimizers._asdict().items()}
+    losses |= {f"parameters/{name}": optimizer.param for name, optimizer in optimizers._asdict().items()}
+    losses |= {f"running/{k}": v for k, v in agent.state_dict().items() if "running" in k}
+    return losses
+
+
+def check(spaces: Spaces, config: Config, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Holds the fused update's error to SLACK times that of the reference in the same dtype, both against fp64.
+
+    Losses are single numbers, which rounding may favour: for them the two errors count as one of the loss's size.
+    """
+    truth = update("reference", spaces, config, torch.float64, device)
+    own, found = (update(kernels, spaces, config, dtype, device) for kernels in ("reference", "fused"))
+    unit = torch.finfo(dtype).eps
+    for name, exact in truth.items():
+        scale = exact.double().norm()
+        errors = [((x[name].double() - exact.double()).norm() / scale).item() for x in (found, own)]
+        floor = 8 * unit if exact.ndim == 0 else unit
+        assert errors[0] <= max(SLACK * errors[1], floor), (name, errors)
+        assert errors[1] < 0.2, f"{name}: the reference itself is far from the truth: {errors[1]}"
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
+@pytest.mark.parametrize("spaces", [PIXELS, BOTH], ids=["discrete", "continuous"])
+def test_update_at_size_tiny(spaces: Spaces, objective: str, dtype: torch.dtype) -> None:
+    check(spaces, make_config("tiny", objective, (3, 5), 3), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
+def test_update_at_size_s_on_a_gpu(objective: str, dtype: torch.dtype) -> None:
+    check(BOTH, make_config("S", objective, (16, 64), 15), dtype, "cuda")
+
+
+@pytest.mark.interpreter
+def test_demo_trains_on_the_fused_operations_as_on_the_reference() -> None:
+    """A few updates of the demo preset itself, with its own draws: the same losses, update for update."""
+
+    def losses(kernels: str, arguments: Sequence[str] = ("--batch-size", "4", "--horizon", "4")) -> list[dict[str, float]]:
+        flags = ["--preset", "demo", "--device", "cpu", "--kernels", kernels, "--prefill", "40", *arguments]
+        command, _ = parse_command(flags, cuda=False)
+        found = []
+        with Trainer(command.config, None) as trainer:
+            while len(found) < 3:
+                trainer.iterate()
+                trainer.learner.settle()
+                if means := trainer.learner.means():
+                    found.append(means)
+        return found
+
+    for own, found in zip(losses("reference"), losses("fused"), strict=True):
+        assert found == pytest.approx(own, rel=2e-3, abs=1e-4)

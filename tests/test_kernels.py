@@ -1,0 +1,384 @@
+"""Fused operations against their references, in Triton's interpreter and (`-m gpu`) on a GPU at real sizes."""
+
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+from fastdreamer_kernels import cases, launch, ops
+from fastdreamer_kernels.cases import Case
+from fastdreamer_kernels.compare import compare, failures, run, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fastdreamer.config import SIZES
+
+pytestmark = pytest.mark.usefixtures("_nan_filled")
+REFERENCE = ops.load("reference")
+DTYPES = [torch.float32, torch.bfloat16]
+# One row, one column, odd sizes, no power of two; more tiles than programs; each way a kernel can go.
+SHAPES = [
+    Case("gru_gates", "one row", {"rows": 1, "deter": 1}),
+    Case("gru_gates", "odd", {"rows": 7, "deter": 13}),
+    Case("gru_gates", "many tiles", {"rows": 300, "deter": 96}),
+    Case("gru_gates", "wide", {"rows": 5, "deter": 2500}),
+    Case("sample_onehot", "one class", {"rows": 3, "stoch": 1, "classes": 1}),
+    Case("sample_onehot", "odd", {"rows": 5, "stoch": 3, "classes": 7}),
+    Case("sample_onehot", "S", {"rows": 40, "stoch": 32, "classes": 32}),
+    Case("layer_norm_act", "one row", {"rows": 1, "columns": 3}),
+    Case("layer_norm_act", "odd", {"rows": 11, "columns": 37}),
+    Case("layer_norm_act", "a map of 4 channels", {"rows": 5000, "columns": 4}),
+    Case("layer_norm_act", "S", {"rows": 130, "columns": 512}),
+    Case("batch_norm_act", "one row", {"rows": 1, "columns": 3, "batch_stats": True}),
+    Case("batch_norm_act", "odd", {"rows": 13, "columns": 37, "batch_stats": True}),
+    Case("batch_norm_act", "as many rows as fit", {"rows": 256, "columns": 20, "batch_stats": True}),
+    Case("batch_norm_act", "one more", {"rows": 257, "columns": 20, "batch_stats": True}),
+    Case("batch_norm_act", "a map of 4 channels", {"rows": 5000, "columns": 4, "batch_stats": True}),
+    Case("batch_norm_act", "running, odd", {"rows": 13, "columns": 37, "batch_stats": False}),
+    Case("twohot_loss", "two bins", {"rows": 3, "bins": 2}),
+    Case("twohot_loss", "odd", {"rows": 17, "bins": 41}),
+    Case("twohot_loss", "S", {"rows": 300, "bins": 255}),
+    Case("twohot_mean", "two bins", {"rows": 64, "bins": 2}),
+    Case("twohot_mean", "even", {"rows": 100, "bins": 40}),
+    Case("twohot_mean", "S", {"rows": 300, "bins": 255}),
+    Case("kl_balance", "one categorical", {"rows": 1, "stoch": 1, "classes": 2}),
+    Case("kl_balance", "odd", {"rows": 9, "stoch": 5, "classes": 7}),
+    Case("kl_balance", "more categoricals than a block", {"rows": 2, "stoch": 530, "classes": 33}),
+    Case("kl_balance", "S", {"rows": 6, "stoch": 32, "classes": 32}),
+    Case("lambda_return", "one step", {"steps": 1, "columns": 3, "last": False}),
+    Case("lambda_return", "odd", {"steps": 7, "columns": 19, "last": True}),
+    Case("lambda_return", "long", {"steps": 100, "columns": 5, "last": True}),
+    Case(
+        "gather_sequences",
+        "pixels",
+        {"ring": 7, "batch": 3, "length": 5, "image": 9, "vector": 0, "action": 1, "shift": False},
+    ),
+    Case(
+        "gather_sequences",
+        "both, shifted",
+        {"ring": 20, "batch": 3, "length": 7, "image": 64, "vector": 70, "action": 18, "shift": True},
+    ),
+    Case("adam_step", "one parameter", {"parameters": 1, "slow": 0}),
+    Case("adam_step", "odd", {"parameters": 3001, "slow": 1999}),
+]
+
+
+def name(value: Any) -> str | None:
+    if isinstance(value, Case):
+        return f"{value.operation}: {value.label}"
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+@pytest.fixture
+def _nan_filled() -> Iterator[None]:
+    """Memory that nothing has written holds NaN, so that what a kernel leaves out is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def fused() -> ops.Ops:
+    return ops.load("fused")
+
+
+# Against the truth
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", SHAPES, ids=name)
+def test_as_exact_as_the_reference(case: Case, dtype: torch.dtype, fused: ops.Ops) -> None:
+    numbers = math.prod(max(size, 1) for size in case.sizes.values())
+    seeds = range(1 + min(20, 10_000 // numbers))
+    errors = compare(getattr(fused, case.operation), getattr(REFERENCE, case.operation), case, dtype, seeds=seeds)
+    assert not list(failures(errors))
+
+
+def test_the_comparison_sees_an_error(fused: ops.Ops) -> None:
+    def off(x: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        return REFERENCE.layer_norm_act(x, *rest, **options) * (1 + 1e-6)
+
+    case = Case("layer_norm_act", "", {"rows": 50, "columns": 64})
+    assert {line.split(":")[0] for line in failures(compare(off, REFERENCE.layer_norm_act, case, torch.float32))} >= {
+        "out0",
+        "dx",
+    }
+
+
+@pytest.mark.interpreter
+def test_memory_not_written_would_be_seen(fused: ops.Ops) -> None:
+    case = Case("layer_norm_act", "", {"rows": 5, "columns": 8})
+    with launch.recording():
+        unwritten = run(fused.layer_norm_act, case, case.inputs(torch.float32))
+    assert all(value.isnan().all() for value in unwritten.values())
+
+
+@pytest.mark.interpreter
+def test_parameters_in_bf16_keep_their_dtype(fused: ops.Ops) -> None:
+    case = Case("layer_norm_act", "", {"rows": 40, "columns": 24})
+    inputs = case.inputs(torch.bfloat16)
+    inputs |= {name: inputs[name].bfloat16() for name in ("weight", "bias")}
+    found, own = (run(o.layer_norm_act, case, inputs) for o in (fused, REFERENCE))
+    for key in own:
+        assert found[key].dtype == own[key].dtype == torch.bfloat16
+        torch.testing.assert_close(found[key], own[key])
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("operation", ["kl_balance", "twohot_loss", "sample_onehot", "adam_step", "layer_norm_act"])
+def test_what_is_not_a_number_stays_so(operation: str, fused: ops.Ops) -> None:
+    """A loss that hid a NaN behind a bound would let a broken run go on."""
+    (case,) = [case for case in SHAPES if (case.operation, case.label) == (operation, "odd")]
+    inputs = case.inputs(torch.float32)
+    first = {"kl_balance": "prior", "adam_step": "grad", "layer_norm_act": "x"}.get(operation, "logits")
+    inputs[first].view(-1)[0] = float("nan")
+    for operations in (REFERENCE, fused):
+        results = run(getattr(operations, operation), case, inputs)
+        assert results["out0"].flatten()[0].isnan()
+        assert operation == "adam_step" or not results["out0"].flatten()[-1].isnan()
+
+
+@pytest.mark.interpreter
+def test_free_nats_bind_in_some_rows_of_the_case(fused: ops.Ops) -> None:
+    case = Case("kl_balance", "", {"rows": 40, "stoch": 8, "classes": 8})
+    inputs = case.inputs(torch.float32)
+    paid = REFERENCE.kl_balance(**inputs).value > inputs["free"]
+    assert 5 < paid.sum() < 35
+
+
+# As parts of PyTorch
+
+
+SMALL = [next(case for case in SHAPES if case.operation == operation and case.label in ("odd", "pixels"))
+         for operation in cases.MAKERS if operation != "twohot_mean"]  # fmt: skip
+SMALL += [Case("twohot_mean", "even", {"rows": 9, "bins": 40})]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_opcheck(case: Case, fused: ops.Ops) -> None:
+    """torch's own examination of each custom operator that an operation calls: schema, autograd, fake, tracing."""
+    called: list[tuple[Any, tuple[Any, ...]]] = []
+
+    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+            if func.namespace == "fastdreamer":
+                called.append((func, args))
+            return func(*args, **(kwargs or {}))
+
+    with Calls():
+        run(getattr(fused, case.operation), case, case.inputs(torch.float32))
+    assert called
+    for operator, args in called:
+        backward = operator._schema.name.endswith("_backward")
+        learns = case.operation in cases.LEARNED and not backward
+        args = tuple(
+            arg.detach().clone().requires_grad_(learns and arg.is_floating_point())
+            if isinstance(arg, torch.Tensor)
+            else arg
+            for arg in args
+        )
+        torch.library.opcheck(operator, args)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_traces_whole_and_gives_the_same(case: Case, fused: ops.Ops) -> None:
+    operation = getattr(fused, case.operation)
+    torch._dynamo.reset()
+    traced = torch.compile(operation, fullgraph=True, backend="aot_eager")
+    inputs = case.inputs(torch.float32)
+    found, wanted = run(traced, case, inputs), run(operation, case, inputs)
+    for key in wanted:
+        torch.testing.assert_close(found[key], wanted[key], rtol=0, atol=0)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_fake_tensors_are_shaped_as_real_ones(case: Case, fused: ops.Ops) -> None:
+    real = run(getattr(fused, case.operation), case, case.inputs(torch.bfloat16))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = {
+            key: mode.from_tensor(value)
+            if isinstance(value, torch.Tensor)
+            else type(value)(*(None if part is None else mode.from_tensor(part) for part in value))
+            if isinstance(value, tuple)
+            else value
+            for key, value in case.inputs(torch.bfloat16).items()
+        }
+        faked = run(getattr(fused, case.operation), case, inputs)
+    assert {k: (v.shape, v.stride(), v.dtype) for k, v in faked.items()} == {
+        k: (v.shape, v.stride(), v.dtype) for k, v in real.items()
+    }
+
+
+# What is refused
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("case", SMALL, ids=name)
+def test_what_is_not_contiguous_is_named(case: Case, fused: ops.Ops) -> None:
+    inputs = case.inputs(torch.float32)
+    for key, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.numel() > 1:
+            spread = value.repeat_interleave(2, -1)[..., ::2]
+            with pytest.raises(ValueError, match=rf"{case.operation}: {key} .* pass {key}.contiguous\(\)"):
+                getattr(fused, case.operation)(**inputs | {key: spread})
+
+
+@pytest.mark.interpreter
+def test_other_dtypes_are_named(fused: ops.Ops) -> None:
+    for dtype in (torch.float64, torch.float16):
+        inputs = SMALL[2].inputs(torch.float32)
+        inputs["x"] = inputs["x"].to(dtype)
+        with pytest.raises(TypeError, match="x is torch.float.* take float32 and bfloat16"):
+            fused.layer_norm_act(**inputs)
+    inputs = Case("adam_step", "", {"parameters": 4, "slow": 0}).inputs(torch.float32)
+    with pytest.raises(TypeError, match="moments are kept in float32"):
+        fused.adam_step(**inputs | {"mean": inputs["mean"].bfloat16()})
+
+
+@pytest.mark.interpreter
+def test_rows_too_wide_are_refused(fused: ops.Ops) -> None:
+    with pytest.raises(ValueError, match="16384 at most"):
+        fused.twohot_mean(torch.zeros(1, 40_000), -20.0, 20.0)
+    with pytest.raises(ValueError, match="16384 at most"):
+        fused.lambda_return(*torch.zeros(3, 20_000, 1), None, 0.95)
+
+
+def outside(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code where kernels are compiled, not interpreted."""
+    own = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=own)
+
+
+@pytest.mark.interpreter
+def test_cpu_tensors_are_refused_where_kernels_are_compiled() -> None:
+    done = outside(
+        "import torch\nfrom fastdreamer_kernels.twohot.fused import twohot_mean\n"
+        "try: twohot_mean(torch.zeros(2, 5), -1.0, 1.0)\nexcept ValueError as error: print(error)"
+    )
+    assert "logits is on cpu and the fused kernels need CUDA: use ops.load('reference')" in done.stdout, done.stderr
+
+
+# Which implementation
+
+
+def test_auto_takes_the_reference_on_a_cpu() -> None:
+    assert ops.load("auto", "cpu") == REFERENCE
+    assert ops.why("cpu")[0] == "reference"
+
+
+@pytest.mark.interpreter
+def test_without_a_gpu_and_interpreter_fused_is_refused_and_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ops.Unavailable, match="no CUDA device"):
+        ops.load("fused")
+    assert ops.why() == ("reference", "there is no CUDA device here")
+    assert ops.load("auto") == REFERENCE
+
+
+def test_without_triton_there_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(ops.importlib.util, "find_spec", lambda _: None)
+    assert ops.load("auto") == REFERENCE
+    with pytest.raises(ops.Unavailable, match="not installed"):
+        ops.load("fused")
+
+
+def test_every_operation_is_listed_with_its_shapes_and_the_reason() -> None:
+    done = outside("from fastdreamer_kernels.__main__ import main; main()")
+    assert done.returncode == 0, done.stderr
+    for operation in ops.Ops._fields:
+        assert f"\n{operation} " in done.stdout
+    assert ops.why()[0] in done.stdout
+
+
+def test_cases_know_the_presets() -> None:
+    for size, widths in cases.SIZES.items():
+        own = asdict(SIZES[size])
+        assert {key: value for key, value in asdict(widths).items() if key in own} == {
+            key: value for key, value in own.items() if key != "layers"
+        }
+
+
+@pytest.mark.parametrize("size", cases.SIZES)
+def test_cases_are_alike_in_every_dtype(size: str) -> None:
+    for case in cases.preset(size):
+        wide, narrow = (case.smaller().inputs(dtype) for dtype in DTYPES)
+        for key, value in wide.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(value.float(), narrow[key].float(), rtol=8e-3, atol=0)
+
+
+# On a GPU
+
+
+GPU_CASES = [
+    case
+    for size in ("tiny", "S", "XL")
+    for case in cases.preset(size)
+    if case.operation not in ("adam_step", "gather_sequences") or size == "S"
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("case", [*SHAPES, *GPU_CASES], ids=name)
+def test_as_exact_as_the_reference_on_a_gpu(case: Case, dtype: torch.dtype, fused: ops.Ops) -> None:
+    errors = compare(
+        getattr(fused, case.operation), getattr(REFERENCE, case.operation), case, dtype, "cuda"
+    )
+    assert not list(failures(errors))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if case.label.startswith("S")], ids=name)
+def test_compiled_and_captured_with_fresh_inputs_on_a_gpu(case: Case, fused: ops.Ops) -> None:
+    """A graph of the compiled operation, forward and backward, replayed on new numbers, equals a plain call on them."""
+    operation, learned = getattr(fused, case.operation), cases.LEARNED.get(case.operation, ())
+    torch._dynamo.reset()
+    traced = torch.compile(operation, fullgraph=True)
+    static = case.inputs(torch.bfloat16, "cuda")
+
+    def step() -> list[torch.Tensor]:
+        inputs = {
+            key: value.detach().requires_grad_(key in learned) if isinstance(value, torch.Tensor) else value
+            for key, value in static.items()
+        }
+        outs = tensors(traced(**inputs))
+        reached = [out for out in outs if out.requires_grad]
+        leaves = [inputs[key] for key in learned]
+        grads = torch.autograd.grad([out.float().sum() for out in reached], leaves) if learned else ()
+        return [*outs, *grads]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for seed in (1, 2):
+        fresh = case.inputs(torch.bfloat16, "cuda", seed)
+        written = {key: fresh[key] for key in cases.WRITTEN.get(case.operation, ())}
+        for key, value in static.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(fresh[key])
+        graph.replay()
+        found = [value.clone() for value in captured]
+        for key, value in static.items():
+            if isinstance(value, torch.Tensor):
+                value.copy_(case.inputs(torch.bfloat16, "cuda", seed)[key])
+        wanted = step()
+        assert written.keys() == set(cases.WRITTEN.get(case.operation, ()))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
