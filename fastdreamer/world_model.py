@@ -108,7 +108,7 @@ class WorldModel(nn.Module):
         last = batch["is_last"] | next_is_first
         # (B, T) -> (T, B) and back: returns run along the first axis.
         rows = (batch["reward"], behavior.gamma * cont, value.detach() * cont, last)
-        return self.ops.lambda_return(*(x.T.contiguous() for x in rows), behavior.lam).T
+        return self.ops.lambda_return(*(x.T.contiguous() for x in rows), behavior.lam).T.contiguous()
 
     def past_action_loss(self, embed: Tensor, features: Tensor, batch: Batch) -> Tensor:
         """-log p(a_{t-1} | x_t, s_{t-1}), (B, T): 0 where an episode, or the sequence, begins.

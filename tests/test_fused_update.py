@@ -15,6 +15,7 @@ from fastdreamer.config import Config, defaults, parse_command
 from fastdreamer.envs.base import Spaces
 from fastdreamer.train import Trainer
 
+ROUNDINGS = 16
 PIXELS = Spaces(image=True, vector=0, action=3, discrete=True)
 BOTH = Spaces(image=True, vector=5, action=2, discrete=False)
 
@@ -62,7 +63,7 @@ def decided(noise: UpdateNoise, discrete: bool) -> UpdateNoise:
 def update(
     kernels: ops.Choice, spaces: Spaces, config: Config, dtype: torch.dtype, device: str
 ) -> dict[str, Tensor]:
-    """Losses, and the gradient of every optimiser, of the second of two updates from one state, batch and noise."""
+    """Losses, the gradient of every optimiser and running statistics, of one update from one state, batch and noise."""
     torch.manual_seed(0)
     agent = Agent(spaces, config, ops.load(kernels, device)).to(device)
     with torch.no_grad():
@@ -82,13 +83,10 @@ def update(
     batch = {name: place(field) for name, field in batch.items()}
     optimizers = agent.make_optimizers()
     narrow = torch.autocast(device, torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
-    metrics: dict[str, Tensor] = {}
-    for _ in range(2):
-        with narrow:
-            metrics = agent.update(batch, noise, optimizers)
+    with narrow:
+        metrics = agent.update(batch, noise, optimizers)
     losses = {name: value for name, value in metrics.items() if name.startswith("loss/")}
     losses |= {f"gradient/{name}": optimizer.grad for name, optimizer in optimizers._asdict().items()}
-    losses |= {f"parameters/{name}": optimizer.param for name, optimizer in optimizers._asdict().items()}
     losses |= {f"running/{k}": v for k, v in agent.state_dict().items() if "running" in k}
     return losses
 
@@ -96,16 +94,15 @@ def update(
 def check(spaces: Spaces, config: Config, dtype: torch.dtype, device: str = "cpu") -> None:
     """Holds the fused update's error to SLACK times that of the reference in the same dtype, both against fp64.
 
-    Losses are single numbers, which rounding may favour: for them the two errors count as one of the loss's size.
+    An error of ROUNDINGS units in the last place counts as none: over a whole update luck favours one side or the
+    other by as much. That of a loss is measured against 1 where the loss is smaller, as the actor's may be.
     """
     truth = update("reference", spaces, config, torch.float64, device)
     own, found = (update(kernels, spaces, config, dtype, device) for kernels in ("reference", "fused"))
-    unit = torch.finfo(dtype).eps
     for name, exact in truth.items():
-        scale = exact.double().norm()
+        scale = exact.double().norm() if exact.ndim else exact.abs().clamp(min=1)
         errors = [((x[name].double() - exact.double()).norm() / scale).item() for x in (found, own)]
-        floor = 8 * unit if exact.ndim == 0 else unit
-        assert errors[0] <= max(SLACK * errors[1], floor), (name, errors)
+        assert errors[0] <= max(SLACK * errors[1], ROUNDINGS * torch.finfo(dtype).eps), (name, errors)
         assert errors[1] < 0.2, f"{name}: the reference itself is far from the truth: {errors[1]}"
 
 
@@ -114,7 +111,7 @@ def check(spaces: Spaces, config: Config, dtype: torch.dtype, device: str = "cpu
 @pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
 @pytest.mark.parametrize("spaces", [PIXELS, BOTH], ids=["discrete", "continuous"])
 def test_update_at_size_tiny(spaces: Spaces, objective: str, dtype: torch.dtype) -> None:
-    check(spaces, make_config("tiny", objective, (3, 5), 3), dtype)
+    check(spaces, make_config("tiny", objective, (6, 4), 3), dtype)
 
 
 @pytest.mark.gpu
@@ -128,8 +125,8 @@ def test_update_at_size_s_on_a_gpu(objective: str, dtype: torch.dtype) -> None:
 def test_demo_trains_on_the_fused_operations_as_on_the_reference() -> None:
     """A few updates of the demo preset itself, with its own draws: the same losses, update for update."""
 
-    def losses(kernels: str, arguments: Sequence[str] = ("--batch-size", "4", "--horizon", "4")) -> list[dict[str, float]]:
-        flags = ["--preset", "demo", "--device", "cpu", "--kernels", kernels, "--prefill", "40", *arguments]
+    def losses(kernels: str, arguments: Sequence[str] = ("--batch-size", "2", "--horizon", "3", "--train-ratio", "2.5")) -> list[dict[str, float]]:
+        flags = ["--preset", "demo", "--device", "cpu", "--kernels", kernels, "--prefill", "24", *arguments]
         command, _ = parse_command(flags, cuda=False)
         found = []
         with Trainer(command.config, None) as trainer:

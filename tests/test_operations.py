@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastdreamer_kernels import ops
+from fastdreamer_kernels.gather_sequences.reference import Steps
 from fastdreamer_kernels.sample_onehot.reference import unimix_probs
 from fastdreamer_kernels.twohot.reference import symexp, symlog
 from torch import Tensor
@@ -22,12 +23,6 @@ def _seed() -> None:
 
 def grad_of(output: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(output.sum(), inputs, materialize_grads=True, allow_unused=True)
-
-
-def test_load_knows_what_there_is() -> None:
-    assert ops.load("auto", "cpu") == ops.load("reference")
-    with pytest.raises(NotImplementedError, match="fused"):
-        ops.load("fused")
 
 
 def test_symlog_round_trip() -> None:
@@ -228,3 +223,70 @@ def test_gradients_against_finite_differences() -> None:
     assert check(lambda q: OPS.kl_balance(q, fixed, 0.01, 0.0).rep, double(2, 3, 4))
     last = torch.rand(6, 2) < 0.3
     assert check(lambda r, d, v: OPS.lambda_return(r, d, v, last, 0.9), (double(6, 2), double(6, 2), double(6, 2)))
+
+
+@pytest.mark.parametrize("clip", [1e9, 0.3])
+def test_adam_step_is_clipping_and_adam_of_torch(clip: float) -> None:
+    """Five steps beside torch's own optimiser, clipping and lerp, on the same gradients."""
+    sizes = [(3, 4), (5,), (1,)]
+    params = [torch.nn.Parameter(torch.randn(*size, dtype=torch.float64)) for size in sizes]
+    flat = torch.cat([p.detach().flatten() for p in params])
+    slow, expected_slow = flat[:12] + 1, params[0].detach() + 1
+    mean, square, step = torch.zeros_like(flat), torch.zeros_like(flat), torch.zeros((), dtype=torch.float64)
+    adam = torch.optim.Adam(params, lr=0.1, eps=1e-5)
+    for _ in range(5):
+        grad = torch.randn_like(flat)
+        for p, part in zip(params, grad.split([p.numel() for p in params]), strict=True):
+            p.grad = part.view_as(p).clone()
+        expected_norm = torch.nn.utils.clip_grad_norm_(params, clip)
+        adam.step()
+        expected_slow.lerp_(params[0].detach(), 0.02)
+        norm = OPS.adam_step(
+            flat, grad, mean, square, step, slow, lr=0.1, beta1=0.9, beta2=0.999, eps=1e-5, clip=clip, rate=0.02
+        )
+        torch.testing.assert_close(norm, expected_norm)
+    torch.testing.assert_close(flat, torch.cat([p.detach().flatten() for p in params]))
+    torch.testing.assert_close(slow.view(3, 4), expected_slow)
+    assert step.item() == 5
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_gather_sequences_row_by_row(shift: bool) -> None:
+    m, b, t, a = 9, 3, 4, 2
+    ring = Steps(
+        torch.randint(0, 256, (m, 3, 2, 5), dtype=torch.uint8), torch.randn(m, 6), torch.randn(m, a), torch.randn(m),
+        torch.rand(m) < 0.3, torch.rand(m) < 0.3, torch.rand(m) < 0.3,
+    )  # fmt: skip
+    index, begins = torch.randint(m, (b, t)), torch.rand(b, t) < 0.3
+    found = OPS.gather_sequences(ring, index, begins, torch.float32, shift)
+    raw = OPS.gather_sequences(ring, index, begins, torch.uint8, shift)
+    assert ring.image is not None
+    assert ring.vector is not None
+    assert found.image is not None
+    assert found.vector is not None
+    assert raw.image is not None
+    assert found.image.permute(0, 1, 3, 4, 2).is_contiguous()
+    for i in range(b):
+        for j in range(t):
+            k = index[i, j]
+            assert torch.equal(raw.image[i, j], ring.image[k])
+            torch.testing.assert_close(found.image[i, j], ring.image[k] / 255 - 0.5)
+            assert torch.equal(found.vector[i, j], ring.vector[k])
+            before = k if not shift else index[i, j - 1]
+            none = begins[i, j] or (shift and j == 0)
+            assert torch.equal(found.action[i, j], torch.zeros(a) if none else ring.action[before])
+            assert found.reward[i, j] == (0 if begins[i, j] else ring.reward[k])
+            assert found.is_first[i, j] == (ring.is_first[k] | begins[i, j])
+            assert found.is_last[i, j] == ring.is_last[k]
+            assert found.is_terminal[i, j] == ring.is_terminal[k]
+
+
+def test_bf16_is_computed_in_fp32() -> None:
+    """What the references promise: rounded inputs, fp32 arithmetic, one rounding at the end."""
+    x = (torch.randn(30, 16) * 3 + 100).bfloat16()
+    weight, bias = torch.randn(16), torch.randn(16)
+    found = OPS.layer_norm_act(x, weight, bias, 1e-3)
+    torch.testing.assert_close(found, OPS.layer_norm_act(x.float(), weight, bias, 1e-3).bfloat16(), rtol=0, atol=0)
+    logits = torch.randn(30, 63).bfloat16()
+    found = OPS.twohot_mean(logits, LOW, HIGH)
+    assert torch.equal(found, OPS.twohot_mean(logits.float(), LOW, HIGH))

@@ -1,0 +1,66 @@
+"""The optimiser's vectors: parameters keep what they are, gradients and slow copies lie as they do."""
+
+import torch
+from fastdreamer_kernels import ops
+from torch import nn
+
+from fastdreamer.optim import ALIGNMENT, Optimizer
+
+OPS = ops.load("reference")
+
+
+def make() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 5, 4), nn.Flatten(), nn.Linear(5, 3), nn.Linear(3, 1))
+    return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+
+def test_parameters_keep_values_shapes_and_strides() -> None:
+    net, twin = make(), make()
+    optimizer = Optimizer(net.parameters(), OPS, lr=1e-3, eps=1e-8, clip=1.0)
+    for p, other in zip(net.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, other)
+        assert p.stride() == other.stride()
+        assert p.data_ptr() % (4 * ALIGNMENT) == optimizer.param.data_ptr() % (4 * ALIGNMENT)
+        assert p.untyped_storage().data_ptr() == optimizer.param.untyped_storage().data_ptr()
+
+
+def test_steps_are_those_of_torch_and_slow_copies_follow() -> None:
+    net, twin = make(), make()
+    slow, expected = make()[2], make()[2]
+    pairs = zip(slow.parameters(), net[2].parameters(), strict=True)
+    optimizer = Optimizer(net.parameters(), OPS, lr=1e-2, eps=1e-8, clip=0.5, slow=pairs, rate=0.1)
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-2)
+    for i in range(4):
+        x = torch.randn(7, 3, 4, 4, generator=torch.Generator().manual_seed(i))
+        norm = optimizer.step(net(x).square().mean())
+        adam.zero_grad()
+        twin(x).square().mean().backward()
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(twin.parameters(), 0.5))
+        adam.step()
+        with torch.no_grad():
+            for p, other in zip(expected.parameters(), twin[2].parameters(), strict=True):
+                p.lerp_(other, 0.1)
+    for one, other in ((net, twin), (slow, expected)):
+        for p, q in zip(one.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_parameters_that_a_loss_does_not_reach_stay() -> None:
+    net = make()
+    before = net[3].weight.clone()
+    optimizer = Optimizer(net.parameters(), OPS, lr=1e-2, eps=1e-8, clip=1.0)
+    optimizer.step(net[:3](torch.randn(2, 3, 4, 4)).sum())
+    assert torch.equal(net[3].weight, before)
+
+
+def test_state_goes_on_where_it_was() -> None:
+    nets = make(), make()
+    first, second = (Optimizer(net.parameters(), OPS, lr=1e-2, eps=1e-8, clip=1.0) for net in nets)
+    x = torch.randn(2, 3, 4, 4)
+    first.step(nets[0](x).sum())
+    nets[1].load_state_dict(nets[0].state_dict())
+    second.load({name: value.clone() for name, value in first.state().items()})
+    for optimizer, net in zip((first, second), nets, strict=True):
+        optimizer.step(net(x).sum())
+    assert torch.equal(first.param, second.param)
