@@ -4,6 +4,7 @@ Legend: B sequences, T steps, N rows (environments, or B*T start states), H imag
 """
 
 import copy
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -58,7 +59,10 @@ class Agent(nn.Module):
         The agent's parameters move into vectors of theirs, so make them where the agent is to stay.
         """
         optim, value, critic = self.config.optim, self.world_model.value, self.behavior.critic
-        behavior = {"lr": optim.behavior_lr, "eps": optim.behavior_eps, "clip": optim.behavior_clip}
+        behavior = partial(
+            Optimizer, ops=self.ops, lr=optim.behavior_lr, eps=optim.behavior_eps, clip=optim.behavior_clip
+        )
+        slow_critic = zip(self.behavior.slow_critic.parameters(), critic.parameters(), strict=True)
         teacher = []
         if self.value_teacher is not None and value is not None:
             teacher = zip(self.value_teacher.parameters(), value.parameters(), strict=True)
@@ -72,14 +76,8 @@ class Agent(nn.Module):
                 slow=teacher,
                 rate=self.config.model.teacher_ema,
             ),
-            actor=Optimizer(self.behavior.actor.parameters(), self.ops, **behavior),
-            critic=Optimizer(
-                critic.parameters(),
-                self.ops,
-                slow=zip(self.behavior.slow_critic.parameters(), critic.parameters(), strict=True),
-                rate=self.config.behavior.ema,
-                **behavior,
-            ),
+            actor=behavior(self.behavior.actor.parameters()),
+            critic=behavior(critic.parameters(), slow=slow_critic, rate=self.config.behavior.ema),
         )
 
     def draw_update_noise(self, generator: torch.Generator) -> UpdateNoise:

@@ -43,16 +43,14 @@ class Optimizer:
         self.slow = join([copy for copy, _ in pairs]) if pairs else None
         self.grad, self.mean, self.square = (torch.zeros_like(self.param) for _ in range(3))
         self.steps = torch.zeros((), device=self.param.device)
-        self._grads = [
-            torch.as_strided(self.grad, p.shape, p.stride(), p.storage_offset()) for p in self.params
-        ]
+        self._grads = [torch.as_strided(self.grad, p.shape, p.stride(), p.storage_offset()) for p in self.params]
 
     def step(self, loss: Tensor) -> Tensor:
         """One step down `loss`. Returns the gradient's norm before clipping. Parameters it does not reach stay."""
         grads = torch.autograd.grad(loss, self.params, allow_unused=True)
         with torch.no_grad():
             reached = [(own, grad) for own, grad in zip(self._grads, grads, strict=True) if grad is not None]
-            torch._foreach_copy_([own for own, _ in reached], [grad for _, grad in reached])
+            torch._foreach_copy_(*zip(*reached, strict=True))  # pyright: ignore
         return self.ops.adam_step(
             self.param,
             self.grad,

@@ -121,8 +121,8 @@ class Replay:
         step = (start[:, None] + torch.arange(length, device=self.device)) % total  # (B, T) places on the circle
         stream, age = step // count, step % count  # age: 0 for the oldest
         index = (self._added - count + age) % self.slots * self.num_envs + stream
-        absent: dict[str, Tensor | None] = {"image": None, "vector": None}
-        ring = Steps(**absent | {name: field.flatten(0, 1) for name, field in self.fields.items()})
+        fields = {name: field.flatten(0, 1) for name, field in self.fields.items()}
+        ring = Steps(fields.pop("image", None), fields.pop("vector", None), **fields)
         # Each row holds the action that led to it, so none has to be shifted.
         batch = self.gather(ring, index, age == 0, self.images, shift=False)
         return {name: field for name, field in batch._asdict().items() if field is not None}

@@ -19,8 +19,8 @@ from fastdreamer.networks import Decoder, Encoder, Head
 from fastdreamer.rssm import RSSM, State
 
 Batch = dict[str, Tensor]
-"""Rows (B, T): image (3, 64, 64), uint8 or scaled to [-0.5, 0.5], and/or vector float32 (V), action float32 (A) (the one that led to the row),
-reward float32 (the one that arrived with the row), is_first, is_last, is_terminal bool."""
+"""Rows (B, T): image (3, 64, 64), uint8 or scaled to [-0.5, 0.5], and/or vector float32 (V), action float32 (A) (the
+one that led to the row), reward float32 (the one that arrived with the row), is_first, is_last, is_terminal bool."""
 
 LOOKING = 4
 """Sequences of a batch that a decoder without influence learns from: the decoder is the costliest head by far."""
@@ -108,7 +108,8 @@ class WorldModel(nn.Module):
         last = batch["is_last"] | next_is_first
         # (B, T) -> (T, B) and back: returns run along the first axis.
         rows = (batch["reward"], behavior.gamma * cont, value.detach() * cont, last)
-        return self.ops.lambda_return(*(x.T.contiguous() for x in rows), behavior.lam).T.contiguous()
+        reward, discount, value, last = (x.T.contiguous() for x in rows)
+        return self.ops.lambda_return(reward, discount, value, last, behavior.lam).T.contiguous()
 
     def past_action_loss(self, embed: Tensor, features: Tensor, batch: Batch) -> Tensor:
         """-log p(a_{t-1} | x_t, s_{t-1}), (B, T): 0 where an episode, or the sequence, begins.

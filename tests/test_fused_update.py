@@ -60,9 +60,7 @@ def decided(noise: UpdateNoise, discrete: bool) -> UpdateNoise:
     return UpdateNoise(ends(noise.posterior), imagination._replace(prior=ends(imagination.prior), action=action))
 
 
-def update(
-    kernels: ops.Choice, spaces: Spaces, config: Config, dtype: torch.dtype, device: str
-) -> dict[str, Tensor]:
+def update(kernels: ops.Choice, spaces: Spaces, config: Config, dtype: torch.dtype, device: str) -> dict[str, Tensor]:
     """Losses, the gradient of every optimiser and running statistics, of one update from one state, batch and noise."""
     torch.manual_seed(0)
     agent = Agent(spaces, config, ops.load(kernels, device)).to(device)
@@ -125,7 +123,9 @@ def test_update_at_size_s_on_a_gpu(objective: str, dtype: torch.dtype) -> None:
 def test_demo_trains_on_the_fused_operations_as_on_the_reference() -> None:
     """A few updates of the demo preset itself, with its own draws: the same losses, update for update."""
 
-    def losses(kernels: str, arguments: Sequence[str] = ("--batch-size", "2", "--horizon", "3", "--train-ratio", "2.5")) -> list[dict[str, float]]:
+    def losses(
+        kernels: str, arguments: Sequence[str] = ("--batch-size", "2", "--horizon", "3", "--train-ratio", "2.5")
+    ) -> list[dict[str, float]]:
         flags = ["--preset", "demo", "--device", "cpu", "--kernels", kernels, "--prefill", "24", *arguments]
         command, _ = parse_command(flags, cuda=False)
         found = []

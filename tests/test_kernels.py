@@ -14,6 +14,8 @@ from fastdreamer_kernels import cases, launch, ops
 from fastdreamer_kernels.cases import Case
 from fastdreamer_kernels.compare import compare, failures, run, tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from fastdreamer.config import SIZES
 
@@ -166,8 +168,8 @@ def test_opcheck(case: Case, fused: ops.Ops) -> None:
     """torch's own examination of each custom operator that an operation calls: schema, autograd, fake, tracing."""
     called: list[tuple[Any, tuple[Any, ...]]] = []
 
-    class Calls(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             if func.namespace == "fastdreamer":
                 called.append((func, args))
             return func(*args, **(kwargs or {}))
@@ -204,14 +206,7 @@ def test_traces_whole_and_gives_the_same(case: Case, fused: ops.Ops) -> None:
 def test_fake_tensors_are_shaped_as_real_ones(case: Case, fused: ops.Ops) -> None:
     real = run(getattr(fused, case.operation), case, case.inputs(torch.bfloat16))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        inputs = {
-            key: mode.from_tensor(value)
-            if isinstance(value, torch.Tensor)
-            else type(value)(*(None if part is None else mode.from_tensor(part) for part in value))
-            if isinstance(value, tuple)
-            else value
-            for key, value in case.inputs(torch.bfloat16).items()
-        }
+        inputs = tree_map_only(torch.Tensor, mode.from_tensor, case.inputs(torch.bfloat16))
         faked = run(getattr(fused, case.operation), case, inputs)
     assert {k: (v.shape, v.stride(), v.dtype) for k, v in faked.items()} == {
         k: (v.shape, v.stride(), v.dtype) for k, v in real.items()
@@ -237,7 +232,7 @@ def test_other_dtypes_are_named(fused: ops.Ops) -> None:
     for dtype in (torch.float64, torch.float16):
         inputs = SMALL[2].inputs(torch.float32)
         inputs["x"] = inputs["x"].to(dtype)
-        with pytest.raises(TypeError, match="x is torch.float.* take float32 and bfloat16"):
+        with pytest.raises(TypeError, match=r"x is torch.float.* take float32 and bfloat16"):
             fused.layer_norm_act(**inputs)
     inputs = Case("adam_step", "", {"parameters": 4, "slow": 0}).inputs(torch.float32)
     with pytest.raises(TypeError, match="moments are kept in float32"):
@@ -249,7 +244,7 @@ def test_rows_too_wide_are_refused(fused: ops.Ops) -> None:
     with pytest.raises(ValueError, match="16384 at most"):
         fused.twohot_mean(torch.zeros(1, 40_000), -20.0, 20.0)
     with pytest.raises(ValueError, match="16384 at most"):
-        fused.lambda_return(*torch.zeros(3, 20_000, 1), None, 0.95)
+        fused.lambda_return(torch.zeros(20_000, 1), torch.zeros(20_000, 1), torch.zeros(20_000, 1), None, 0.95)
 
 
 def outside(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -332,9 +327,7 @@ GPU_CASES = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 @pytest.mark.parametrize("case", [*SHAPES, *GPU_CASES], ids=name)
 def test_as_exact_as_the_reference_on_a_gpu(case: Case, dtype: torch.dtype, fused: ops.Ops) -> None:
-    errors = compare(
-        getattr(fused, case.operation), getattr(REFERENCE, case.operation), case, dtype, "cuda"
-    )
+    errors = compare(getattr(fused, case.operation), getattr(REFERENCE, case.operation), case, dtype, "cuda")
     assert not list(failures(errors))
 
 

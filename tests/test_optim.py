@@ -2,21 +2,29 @@
 
 import torch
 from fastdreamer_kernels import ops
-from torch import nn
+from torch import Tensor, nn
 
 from fastdreamer.optim import ALIGNMENT, Optimizer
 
 OPS = ops.load("reference")
 
 
-def make() -> nn.Sequential:
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 5, 4), nn.Flatten(), nn.Linear(5, 3), nn.Linear(3, 1))
-    return net.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.hidden, self.last = nn.Conv2d(3, 5, 4), nn.Linear(5, 3), nn.Linear(3, 1)
+        self.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.hidden(self.conv(x).flatten(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.features(x))
 
 
 def test_parameters_keep_values_shapes_and_strides() -> None:
-    net, twin = make(), make()
+    net, twin = Net(), Net()
     optimizer = Optimizer(net.parameters(), OPS, lr=1e-3, eps=1e-8, clip=1.0)
     for p, other in zip(net.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, other)
@@ -26,9 +34,9 @@ def test_parameters_keep_values_shapes_and_strides() -> None:
 
 
 def test_steps_are_those_of_torch_and_slow_copies_follow() -> None:
-    net, twin = make(), make()
-    slow, expected = make()[2], make()[2]
-    pairs = zip(slow.parameters(), net[2].parameters(), strict=True)
+    net, twin = Net(), Net()
+    slow, expected = Net().hidden, Net().hidden
+    pairs = zip(slow.parameters(), net.hidden.parameters(), strict=True)
     optimizer = Optimizer(net.parameters(), OPS, lr=1e-2, eps=1e-8, clip=0.5, slow=pairs, rate=0.1)
     adam = torch.optim.Adam(twin.parameters(), lr=1e-2)
     for i in range(4):
@@ -39,7 +47,7 @@ def test_steps_are_those_of_torch_and_slow_copies_follow() -> None:
         torch.testing.assert_close(norm, nn.utils.clip_grad_norm_(twin.parameters(), 0.5))
         adam.step()
         with torch.no_grad():
-            for p, other in zip(expected.parameters(), twin[2].parameters(), strict=True):
+            for p, other in zip(expected.parameters(), twin.hidden.parameters(), strict=True):
                 p.lerp_(other, 0.1)
     for one, other in ((net, twin), (slow, expected)):
         for p, q in zip(one.parameters(), other.parameters(), strict=True):
@@ -47,15 +55,15 @@ def test_steps_are_those_of_torch_and_slow_copies_follow() -> None:
 
 
 def test_parameters_that_a_loss_does_not_reach_stay() -> None:
-    net = make()
-    before = net[3].weight.clone()
+    net = Net()
+    before = net.last.weight.clone()
     optimizer = Optimizer(net.parameters(), OPS, lr=1e-2, eps=1e-8, clip=1.0)
-    optimizer.step(net[:3](torch.randn(2, 3, 4, 4)).sum())
-    assert torch.equal(net[3].weight, before)
+    optimizer.step(net.features(torch.randn(2, 3, 4, 4)).sum())
+    assert torch.equal(net.last.weight, before)
 
 
 def test_state_goes_on_where_it_was() -> None:
-    nets = make(), make()
+    nets = Net(), Net()
     first, second = (Optimizer(net.parameters(), OPS, lr=1e-2, eps=1e-8, clip=1.0) for net in nets)
     x = torch.randn(2, 3, 4, 4)
     first.step(nets[0](x).sum())

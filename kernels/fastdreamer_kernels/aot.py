@@ -83,7 +83,7 @@ def variants(chosen: Iterable[Case]) -> list[Variant]:
                 result = operation(**inputs)
                 outs = [out for out in ([result] if isinstance(result, Tensor) else result) if out is not None]
                 if leaves:
-                    sum(out.float().sum() for out in outs if out.requires_grad).backward()
+                    torch.autograd.backward([out.sum() for out in outs if out.requires_grad])
             found |= dict.fromkeys(_variant(module, entry) for entry in launches)
     return list(found)
 
@@ -104,9 +104,7 @@ def _variant(module: str, entry: Any) -> Variant:
             if value % 16 == 0 and not free:
                 aligned.append(i)
     signature += [(name, "constexpr") for name in entry.constants]
-    return Variant(
-        module, entry.kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), entry.num_warps
-    )
+    return Variant(module, entry.kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), entry.num_warps)
 
 
 def compile_variant(variant: Variant, arch: str) -> Usage:
@@ -157,9 +155,7 @@ def describe(usage: Usage) -> str:
     ).rstrip()
 
 
-HEADER = (
-    f"{'arch':7}{'kernel':38}{'dtypes':10}{'tile':26}{'warps':>5}{'regs':>6}{'spills':>8}{'shared':>9}  matrix"
-)
+HEADER = f"{'arch':7}{'kernel':38}{'dtypes':10}{'tile':26}{'warps':>5}{'regs':>6}{'spills':>8}{'shared':>9}  matrix"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,7 @@
-"""Blocks of rows in a program's registers: where they lie in memory, reading, writing, and shared arithmetic in fp32."""
+"""Blocks of rows in a program's registers: where they lie in memory, reading, writing, shared arithmetic in fp32."""
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# Triton's language, which type checkers read as Python.
 
 import triton
 import triton.language as tl

@@ -77,9 +77,7 @@ def step_kernel(
         tl.store(norm_ptr, norm)
 
 
-@torch.library.custom_op(
-    "fastdreamer::adam_step", mutates_args=("param", "mean", "square", "step", "slow")
-)
+@torch.library.custom_op("fastdreamer::adam_step", mutates_args=("param", "mean", "square", "step", "slow"))
 def _step(
     param: Tensor,
     grad: Tensor,

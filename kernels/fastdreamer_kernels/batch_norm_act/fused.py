@@ -1,6 +1,9 @@
 """BatchNorm and SiLU. Few rows (a posterior's batch) lie in one program, which needs a single pass each way; many rows
 (feature maps) take one pass for sums and one to apply them."""
 
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# Triton's language, which type checkers read as Python.
+
 from typing import Any
 
 import torch

@@ -11,9 +11,7 @@ from fastdreamer_kernels.launch import cdiv, check, launch
 
 
 @triton.jit
-def image_kernel(
-    ring_ptr, index_ptr, out_ptr, pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
-):
+def image_kernel(ring_ptr, index_ptr, out_ptr, pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK values of one image, in the order in which they are written, (pixels, CHANNELS)."""
     row = tl.program_id(0).to(tl.int64)
     step = tl.load(index_ptr + row)

@@ -18,7 +18,11 @@ MOST_SUMMED = 2048
 def normal_gates(pre_ptr, row, column, inside, size, EPS: tl.constexpr):
     """The three gates normalised together, (ROWS, COLUMNS) each, and 1 / deviation of each row (ROWS)."""
     at = row[:, None] * (3 * size) + column[None, :]
-    reset, cand, update = read(pre_ptr, at, inside), read(pre_ptr, at + size, inside), read(pre_ptr, at + 2 * size, inside)
+    reset, cand, update = (
+        read(pre_ptr, at, inside),
+        read(pre_ptr, at + size, inside),
+        read(pre_ptr, at + 2 * size, inside),
+    )
     mean = tl.sum(reset + cand + update, 1) / (3 * size)
     reset = tl.where(inside, reset - mean[:, None], 0.0)
     cand = tl.where(inside, cand - mean[:, None], 0.0)

@@ -1,4 +1,4 @@
-"""Lambda-returns: a linear recurrence in time, hence a scan; all rows are loaded at once and combined in log T steps."""
+"""Lambda-returns: a linear recurrence in time, hence a scan: all rows are loaded at once, then combined."""
 
 from typing import Any
 

@@ -15,7 +15,7 @@ from fastdreamer_kernels.launch import cdiv, check, launch, programs, tile
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    row, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
+    _, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     x = read(x_ptr, at, inside)
     weight = read(weight_ptr, column, column < columns)
     bias = read(bias_ptr, column, column < columns)

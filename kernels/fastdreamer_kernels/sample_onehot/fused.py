@@ -45,7 +45,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, column, at, inside = place(tl.program_id(0) * ROWS, rows, classes, ROWS, COLUMNS)
+    _, _, at, inside = place(tl.program_id(0) * ROWS, rows, classes, ROWS, COLUMNS)
     logits = read(logits_ptr, at, inside)
     dout = read(dout_ptr, at, inside)
     dlogits = softmax_backward(softmax(logits, inside), dout, UNIMIX)
