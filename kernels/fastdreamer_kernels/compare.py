@@ -15,7 +15,8 @@ SLACK = 2.0
 
 
 class Errors(NamedTuple):
-    """Mean absolute error over mean absolute value of one result: of the fused operation and of its reference."""
+    """Mean error of one result's numbers, each over its own size and a typical one's (so that neither the smallest nor
+    the largest decide): of the fused operation and of its reference."""
 
     fused: float
     reference: float
@@ -86,14 +87,24 @@ def compare(
             assert (found[name].shape, found[name].dtype) == (own[name].shape, own[name].dtype), name
             keep = decided(inputs) if case.operation == "sample_onehot" and name == "out0" else ...
             exact = exact[keep].double()
-            apart = [(x[name][keep].double() - exact).abs().sum() for x in (found, own)]
-            sums[name] = sums.get(name, torch.zeros(3)) + torch.stack([*apart, exact.abs().sum()]).cpu()
+            size = exact.abs()
+            scale = (size + typical(size)).clamp(min=torch.finfo(torch.float32).tiny)
+            apart = [((x[name][keep].double() - exact).abs() / scale).sum() for x in (found, own)]
+            count = torch.tensor(float(exact.numel()), device=exact.device)
+            sums[name] = sums.get(name, torch.zeros(3)) + torch.stack([*apart, count]).cpu()
             dtypes[name] = own[name].dtype
-    errors = {}
-    for name, (fused_error, own_error, size) in sums.items():
-        scale = size if size else 1.0
-        errors[name] = Errors((fused_error / scale).item(), (own_error / scale).item(), rounding(dtypes[name]))
-    return errors
+    return {
+        name: Errors(fused_error / max(count, 1), own_error / max(count, 1), rounding(dtypes[name]))
+        for name, (fused_error, own_error, count) in ((name, values.tolist()) for name, values in sums.items())
+    }
+
+
+def typical(size: Tensor) -> Tensor:
+    """The middle one of absolute values, or their mean where most of them are zero."""
+    if not size.numel():
+        return size.new_zeros(())
+    middle = size.median()
+    return middle if middle > 0 else size.mean()
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -43,7 +43,7 @@ def loss_kernel(
     peak = tl.max(tl.where(inside, logits, float("-inf")), 1)
     peak = tl.where(row < rows, peak, 0.0)
     below = logits - peak[:, None]
-    norm = tl.log(tl.sum(tl.where(inside, tl.exp(below), 0.0), 1))
+    norm = tl.log(tl.where(row < rows, tl.sum(tl.where(inside, tl.exp(below), 0.0), 1), 1.0))
     loss = norm - tl.sum(twohot(target, column, bins, LOW, HIGH) * below, 1)
     write(loss_ptr, row, loss, row < rows)
 
