@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -44,14 +45,16 @@ IMAGINED = ROWS * (HORIZON + 1)
 
 
 class Draw:
-    """Random tensors on a device, the same for a seed on every device."""
+    """Random tensors on a device, the same for a seed on every device. On "meta" they have shapes alone."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device | str, seed: int):
-        self.dtype, self.device, self._generator = dtype, device, torch.Generator().manual_seed(seed)
+        self.dtype, self.device = dtype, torch.device(device)
+        self._drawn: dict[str, Any] = {"generator": torch.Generator().manual_seed(seed)}
+        if self.device.type == "meta":
+            self._drawn = {"device": "meta"}
 
     def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        drawn = torch.randn(*shape, generator=self._generator) * std + mean
-        return drawn.to(self.device, dtype or self.dtype)
+        return (torch.randn(*shape, **self._drawn) * std + mean).to(self.device, dtype or self.dtype)
 
     def weight(self, *shape: int, mean: float) -> Tensor:
         """Parameters are kept in fp32 whatever the activations' dtype, or in fp64."""
@@ -59,13 +62,13 @@ class Draw:
 
     def uniform(self, *shape: int) -> Tensor:
         dtype = torch.promote_types(self.dtype, torch.float32)
-        return torch.rand(*shape, generator=self._generator).to(self.device, dtype)
+        return torch.rand(*shape, **self._drawn).to(self.device, dtype)
 
     def flags(self, *shape: int, rate: float) -> Tensor:
-        return (torch.rand(*shape, generator=self._generator) < rate).to(self.device)
+        return (torch.rand(*shape, **self._drawn) < rate).to(self.device)
 
     def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.randint(high, shape, generator=self._generator).to(self.device, dtype)
+        return torch.randint(high, shape, **self._drawn).to(self.device, dtype)
 
 
 def gru_gates(draw: Draw, rows: int, deter: int) -> Inputs:
@@ -189,6 +192,12 @@ LEARNED = {
     "lambda_return": ("reward", "discount", "value"),
 }
 """Which arguments an operation has gradients for; those that are missing here are not differentiable."""
+IDLE_BACKWARD = {
+    "sample_onehot": ("uniform",),
+    "batch_norm_act": ("running_mean", "running_var"),
+    "lambda_return": ("reward",),
+}
+"""Which arguments a backward pass has no need to read."""
 WRITTEN = {
     "batch_norm_act": ("running_mean", "running_var"),
     "adam_step": ("param", "mean", "square", "step", "slow"),
@@ -196,6 +205,10 @@ WRITTEN = {
 """Which arguments an operation changes in place."""
 MOST = {"rows": 512, "columns": 64, "ring": 16, "batch": 2, "length": 4, "parameters": 4096, "slow": 1024}
 """Where `smaller` cuts: sizes that decide how much there is to do, and not which kernel does it."""
+
+
+def nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 @dataclass(frozen=True)
@@ -209,6 +222,32 @@ class Case:
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Inputs:
         """Arguments by name, activations in `dtype`. The same numbers, rounded, for every dtype and device."""
         return MAKERS[self.operation](Draw(dtype, device, seed), **self.sizes)
+
+    def traffic(self, dtype: torch.dtype) -> tuple[int, int]:
+        """Bytes that forward and backward move at least: everything they need read once, every result written once."""
+        folder = {"twohot_loss": "twohot", "twohot_mean": "twohot"}.get(self.operation, self.operation)
+        reference = getattr(import_module(f"fastdreamer_kernels.{folder}.reference"), self.operation)
+        inputs = self.inputs(dtype, "meta")
+        given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        results = reference(**inputs)
+        outs = [results] if isinstance(results, Tensor) else [out for out in results if out is not None]
+        written = sum(nbytes(given[name]) for name in WRITTEN.get(self.operation, ()) if name in given)
+        read = sum(map(nbytes, given.values()))
+        if self.operation == "gather_sequences":
+            # Of the ring only what is taken, in the ring's own dtypes.
+            read += sum(
+                out.numel() * ring.element_size()
+                for out, ring in zip(results, inputs["ring"], strict=True)
+                if out is not None
+            )
+        forward = read + written + sum(map(nbytes, outs))
+        if self.operation not in LEARNED:
+            return forward, 0
+        idle = IDLE_BACKWARD.get(self.operation, ())
+        needed = sum(nbytes(value) for name, value in given.items() if name not in idle)
+        # A KL's three numbers a row come back as two gradients.
+        arriving = sum(map(nbytes, outs[:2]))
+        return forward, needed + arriving + sum(nbytes(given[name]) for name in LEARNED[self.operation])
 
     def smaller(self) -> "Case":
         """The same kernels with less to do."""
