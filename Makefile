@@ -1,10 +1,10 @@
-# make setup | train | test | lint. ARGS goes on to the trainer or to pytest; PYTHON=... names the interpreter to use.
+# make setup | train | test | lint | bench. ARGS goes on to the trainer or to pytest; PYTHON=... names the interpreter to use.
 
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13)
 STAMP := .venv/.installed
 BIN := .venv/bin
 
-.PHONY: setup train test lint
+.PHONY: setup train test lint bench
 setup: $(STAMP)
 
 train: setup
@@ -12,6 +12,9 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+
+bench: setup
+	$(BIN)/python -m pytest bench $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,16 +1,21 @@
 """Fused operations against their references, in Triton's interpreter and (`-m gpu`) on a GPU at real sizes."""
 
+import inspect
 import math
 import os
+import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fastdreamer_kernels import cases, launch, ops
+from fastdreamer_kernels.__main__ import table
 from fastdreamer_kernels.cases import Case
 from fastdreamer_kernels.compare import compare, failures, run, tensors
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -100,6 +105,28 @@ def test_as_exact_as_the_reference(case: Case, dtype: torch.dtype, fused: ops.Op
     seeds = range(1 + min(20, 10_000 // numbers))
     errors = compare(getattr(fused, case.operation), getattr(REFERENCE, case.operation), case, dtype, seeds=seeds)
     assert not list(failures(errors))
+
+
+RANGES = {
+    "rows": (1, 70), "deter": (1, 70), "stoch": (1, 9), "classes": (2, 40), "columns": (2, 90), "bins": (2, 90),
+    "steps": (1, 40), "ring": (1, 30), "batch": (1, 4), "length": (1, 9), "image": (0, 12), "vector": (0, 9),
+    "action": (1, 9), "parameters": (1, 3000), "slow": (0, 1), "batch_stats": (0, 1), "last": (0, 1), "shift": (0, 1),
+}  # fmt: skip
+"""Least and most of each size that a random shape may have."""
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("operation", cases.MAKERS)
+def test_as_exact_as_the_reference_at_random_shapes(operation: str, fused: ops.Ops) -> None:
+    generator = random.Random(operation)
+    for _ in range(6):
+        names = list(inspect.signature(cases.MAKERS[operation]).parameters)[1:]
+        sizes = {size: generator.randint(*RANGES[size]) for size in names}
+        if sizes.get("slow"):
+            sizes["slow"] = generator.randint(1, sizes["parameters"])
+        case, dtype = Case(operation, "", sizes), generator.choice(DTYPES)
+        errors = compare(getattr(fused, operation), getattr(REFERENCE, operation), case, dtype, seeds=range(5))
+        assert not list(failures(errors)), (sizes, dtype)
 
 
 def test_the_comparison_sees_an_error(fused: ops.Ops) -> None:
@@ -288,11 +315,38 @@ def test_without_triton_there_is_the_reference(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_every_operation_is_listed_with_its_shapes_and_the_reason() -> None:
-    done = outside("from fastdreamer_kernels.__main__ import main; main()")
+    done = outside("from fastdreamer_kernels.__main__ import main; main([])")
     assert done.returncode == 0, done.stderr
     for operation in ops.Ops._fields:
         assert f"\n{operation} " in done.stdout
     assert ops.why()[0] in done.stdout
+
+
+README = (Path(__file__).parents[1] / "kernels/README.md").read_text()
+
+
+def test_the_table_of_costs_is_what_the_package_prints() -> None:
+    lines = table().splitlines()
+    assert len(lines) == 2 + len(cases.preset("S"))
+    assert "\n".join(lines) in README
+    # By hand: a hidden layer's bf16 rows in and out, and its float32 weight and bias.
+    (case,) = [case for case in cases.preset("S") if case.label == "S hidden layer, imagined step"]
+    assert case.traffic(torch.bfloat16)[0] == 2 * 1024 * 512 * 2 + 2 * 512 * 4
+
+
+def test_the_readme_s_three_lines_replace_a_loss() -> None:
+    """What another Dreamer's author would paste, beside the loss that it replaces."""
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) == 3
+    logits, target = torch.randn(20, 41, requires_grad=True), torch.randn(20) * 30
+    scope = {"logits": logits, "target": target}
+    exec(code, scope)
+    position = (torch.sign(target) * torch.log1p(target.abs()) + 20) / 40 * 40
+    twohot = (1 - (position[:, None] - torch.arange(41)).abs()).clamp(min=0)
+    expected = -(twohot * torch.log_softmax(logits, -1)).sum(-1)
+    torch.testing.assert_close(scope["loss"], expected)
+    scope["loss"].mean().backward()
+    assert logits.grad is not None
 
 
 def test_cases_know_the_presets() -> None:

@@ -153,7 +153,7 @@ def test_the_wheel_holds_both_packages():
     assert (ROOT / "kernels/fastdreamer_kernels/py.typed").exists()
 
 
-@pytest.mark.parametrize("target", ["setup", "train", "test", "lint"])
+@pytest.mark.parametrize("target", ["setup", "train", "test", "lint", "bench"])
 def test_make_has_the_commands_that_the_readme_names(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

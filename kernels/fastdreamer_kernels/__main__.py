@@ -1,8 +1,16 @@
-"""`python -m fastdreamer_kernels`: what there is, and which implementation `auto` takes on this machine."""
+"""`python -m fastdreamer_kernels`: what there is, and which implementation `auto` takes on this machine.
+
+`--table` prints the table of costs that `kernels/README.md` shows.
+"""
+
+import argparse
+from collections.abc import Sequence
+
+import torch
 
 from fastdreamer_kernels import cases, ops
 
-TITLES = {
+SHAPES = {
     "gru_gates": "pre (N, 3D), deter (N, D) -> (N, D)",
     "sample_onehot": "logits (..., K), uniform (...) -> (..., K)",
     "layer_norm_act": "(..., C) -> (..., C)",
@@ -14,19 +22,46 @@ TITLES = {
     "gather_sequences": "ring (M, ...), index (B, T) -> (B, T, ...)",
     "adam_step": "four vectors (P), slow copy (<= P) -> norm ()",
 }
+BANDWIDTH = 3.35e12
+"""Bytes a second of an H100 SXM's memory, by its data sheet: what floors are computed with."""
 
 
-def main() -> None:
+def overview() -> str:
     choice, reason = ops.why()
-    print(f"{'operation':18}{'shapes':48}{'auto takes':12}at size S, bf16, in an update (B 16, T 64, H 15)")
+    lines = [f"{'operation':18}{'shapes':48}{'auto takes':12}sizes at preset S (B 16, T 64, H 15)"]
     for operation in ops.Ops._fields:
         sizes = [
             "x".join(str(size) for size in case.sizes.values() if size)
             for case in cases.preset("S")
             if case.operation == operation
         ]
-        print(f"{operation:18}{TITLES[operation]:48}{choice:12}{', '.join(sizes)}")
-    print(f"\n{choice}, because {reason}. ops.load('reference' | 'fused' | 'auto') chooses.")
+        lines.append(f"{operation:18}{SHAPES[operation]:48}{choice:12}{', '.join(sizes)}")
+    return "\n".join([*lines, "", f"{choice}, because {reason}. ops.load('reference' | 'fused' | 'auto') chooses."])
+
+
+def table() -> str:
+    """A row for each case of preset S in bf16: least bytes, operations and the floor in time, forward and backward."""
+    lines = [
+        "| operation | where, at size S | sizes | MB | million operations | floor, µs | measured |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case in cases.preset("S"):
+        moved, work = case.traffic(torch.bfloat16), case.operations()
+        passes = 2 if moved[1] else 1
+        sizes = ", ".join(f"{name} {size}" for name, size in case.sizes.items() if not isinstance(size, bool))
+        lines.append(
+            f"| `{case.operation}` | {case.label.removeprefix('S ')} | {sizes} "
+            f"| {' + '.join(f'{x / 1e6:.2f}' for x in moved[:passes])} "
+            f"| {' + '.join(f'{x / 1e6:.1f}' for x in work[:passes])} "
+            f"| {' + '.join(f'{x / BANDWIDTH * 1e6:.1f}' for x in moved[:passes])} | not yet run on a GPU |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastdreamer_kernels", description=__doc__)
+    parser.add_argument("--table", action="store_true", help="print the README's table of costs instead")
+    print(table() if parser.parse_args(argv).table else overview())
 
 
 if __name__ == "__main__":

@@ -192,6 +192,21 @@ LEARNED = {
     "lambda_return": ("reward", "discount", "value"),
 }
 """Which arguments an operation has gradients for; those that are missing here are not differentiable."""
+ARITHMETIC = {
+    "gru_gates": ("deter", 40, 100),
+    "sample_onehot": ("logits", 11, 9),
+    "layer_norm_act": ("x", 11, 28),
+    "batch_norm_act": ("x", 11, 28),
+    "twohot_loss": ("logits", 9, 10),
+    "twohot_mean": ("logits", 7, 9),
+    "kl_balance": ("posterior", 19, 30),
+    "lambda_return": ("reward", 25, 30),
+    "gather_sequences": ("image", 2, 0),
+    "adam_step": ("param", 16, 0),
+}
+"""About how many operations forward and backward take for each number of one argument, an exponential counted as one.
+
+Of the gather those on the images that come out."""
 IDLE_BACKWARD = {
     "sample_onehot": ("uniform",),
     "batch_norm_act": ("running_mean", "running_var"),
@@ -248,6 +263,15 @@ class Case:
         # A KL's three numbers a row come back as two gradients.
         arriving = sum(map(nbytes, outs[:2]))
         return forward, needed + arriving + sum(nbytes(given[name]) for name in LEARNED[self.operation])
+
+    def operations(self) -> tuple[int, int]:
+        """About how many arithmetic operations forward and backward take."""
+        argument, forward, backward = ARITHMETIC[self.operation]
+        if argument == "image":
+            numbers = 3 * self.sizes["image"] ** 2 * self.sizes["batch"] * self.sizes["length"]
+        else:
+            numbers = self.inputs(torch.float32, "meta")[argument].numel()
+        return forward * numbers, backward * numbers
 
     def smaller(self) -> "Case":
         """The same kernels with less to do."""
