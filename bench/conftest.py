@@ -6,7 +6,7 @@ cost what they cost inside an update; without one there are only the baselines t
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -71,11 +71,8 @@ def results(request: pytest.FixtureRequest) -> Results:
     return Results(Path(folder) if folder else ROOT / "bench/results" / device_name())
 
 
-Measure = Callable[..., float]
-
-
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, results: Results, benchmark: Any) -> Iterator[Measure]:
+def measure(request: pytest.FixtureRequest, results: Results, benchmark: Any) -> Callable[..., float]:
     """`measure(calls, **labels)` times the mean of calls and stores median and spread; gives the median in seconds.
 
     `calls` are functions of nothing that do the same work on different memory: one buffer used over and over would
@@ -88,12 +85,10 @@ def measure(request: pytest.FixtureRequest, results: Results, benchmark: Any) ->
         benchmark.pedantic(once, rounds=ROUNDS if CUDA else 10, iterations=1, warmup_rounds=3)
         times = np.array(benchmark.stats.stats.data) / count
         low, median, high = np.quantile(times, [0.2, 0.5, 0.8]).tolist()
-        results.add(
-            request.module.__name__.split(".")[-1], labels | {"median_s": median, "p20_s": low, "p80_s": high}
-        )
+        results.add(request.module.__name__.split(".")[-1], labels | {"median_s": median, "p20_s": low, "p80_s": high})
         return median
 
-    yield run
+    return run
 
 
 def captured(calls: Sequence[Callable[[], Any]]) -> Callable[[], None]:

@@ -13,10 +13,11 @@ from fastdreamer_kernels.cases import Case
 from fastdreamer_kernels.compare import compare, failures, tensors
 from torch import Tensor
 
-from bench.conftest import CUDA, Measure
 from fastdreamer.config import SIZES, ModelConfig
 from fastdreamer.rssm import RSSM, State
 
+CUDA = torch.cuda.is_available()
+Measure = Callable[..., float]
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 SETS = 4
@@ -27,7 +28,7 @@ REFERENCE = ops.load("reference")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        chosen = cases.preset(metafunc.config.getoption("--size"))
+        chosen = cases.preset(str(metafunc.config.getoption("--size")))
         metafunc.parametrize("case", chosen, ids=[f"{case.operation}: {case.label}" for case in chosen])
 
 
@@ -58,9 +59,7 @@ def call_of(operation: Callable[..., Any], case: Case, seed: int, backward: bool
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 @pytest.mark.benchmark(warmup=False)
-def test_operation(
-    case: Case, backward: bool, implementation: str, measure: Measure, benchmark: Any
-) -> None:
+def test_operation(case: Case, backward: bool, implementation: str, measure: Measure, benchmark: Any) -> None:
     if not CUDA:
         case = case.smaller()
     if backward and case.operation not in cases.LEARNED:
@@ -93,7 +92,7 @@ def test_operation(
 @pytest.mark.parametrize("implementation", ["products", "fused", "compiled", "eager"])
 def test_rssm_step(implementation: str, measure: Measure, benchmark: Any, request: pytest.FixtureRequest) -> None:
     """One imagined step for N = 1024 rows beside its matrix products alone."""
-    widths = SIZES[request.config.getoption("--size")]
+    widths = SIZES[str(request.config.getoption("--size"))]
     rows = cases.ROWS if CUDA else 64
     if implementation == "fused" and not CUDA:
         pytest.skip("fused operations are timed on a CUDA device, and there is none here")
