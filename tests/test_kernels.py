@@ -394,6 +394,11 @@ def test_compiled_and_captured_with_fresh_inputs_on_a_gpu(case: Case, fused: ops
     traced = torch.compile(operation, fullgraph=True)
     static = case.inputs(torch.bfloat16, "cuda")
 
+    def load(seed: int) -> None:
+        for key, value in case.inputs(torch.bfloat16, "cuda", seed).items():
+            if isinstance(value, torch.Tensor):
+                static[key].copy_(value)
+
     def step() -> list[torch.Tensor]:
         inputs = {
             key: value.detach().requires_grad_(key in learned) if isinstance(value, torch.Tensor) else value
@@ -415,17 +420,10 @@ def test_compiled_and_captured_with_fresh_inputs_on_a_gpu(case: Case, fused: ops
     with torch.cuda.graph(graph):
         captured = step()
     for seed in (1, 2):
-        fresh = case.inputs(torch.bfloat16, "cuda", seed)
-        written = {key: fresh[key] for key in cases.WRITTEN.get(case.operation, ())}
-        for key, value in static.items():
-            if isinstance(value, torch.Tensor):
-                value.copy_(fresh[key])
+        load(seed)
         graph.replay()
         found = [value.clone() for value in captured]
-        for key, value in static.items():
-            if isinstance(value, torch.Tensor):
-                value.copy_(case.inputs(torch.bfloat16, "cuda", seed)[key])
+        load(seed)
         wanted = step()
-        assert written.keys() == set(cases.WRITTEN.get(case.operation, ()))
         for one, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)

@@ -68,7 +68,7 @@ class Draw:
         return (torch.rand(*shape, **self._drawn) < rate).to(self.device)
 
     def integers(self, high: int, *shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.randint(high, shape, **self._drawn).to(self.device, dtype)
+        return torch.randint(high, shape, dtype=dtype, **self._drawn).to(self.device)
 
 
 def gru_gates(draw: Draw, rows: int, deter: int) -> Inputs:
@@ -313,11 +313,11 @@ def preset(size: str) -> list[Case]:
         case("lambda_return", "imagined", steps=HORIZON + 1, columns=ROWS, last=False),
         case("lambda_return", "sequences", steps=LENGTH, columns=BATCH, last=True),
         case(
-            "gather_sequences", "pixels", ring=100_000, batch=BATCH, length=LENGTH, image=64, vector=0, action=6,
+            "gather_sequences", "pixels", ring=20_000, batch=BATCH, length=LENGTH, image=64, vector=0, action=6,
             shift=False,
         ),
         case(
-            "gather_sequences", "vectors", ring=100_000, batch=BATCH, length=LENGTH, image=0, vector=24, action=6,
+            "gather_sequences", "vectors", ring=20_000, batch=BATCH, length=LENGTH, image=0, vector=24, action=6,
             shift=True,
         ),
         case("adam_step", "world model", parameters=w.model, slow=0),
