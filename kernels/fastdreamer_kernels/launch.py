@@ -98,6 +98,17 @@ def programs(device: torch.device, work: int) -> int:
     return max(1, min(work, 4 * _processors(device) if device.type == "cuda" else 2))
 
 
+def launch_rows(
+    kernel: Any, t: Tile, *tensors: Tensor, rows: int, columns: int, count: int | None = None, **constants: Any
+) -> None:
+    """Starts a kernel over the rows of a (rows, columns) matrix, a tile for each of `count` programs at a time.
+
+    Without a count there is a program for each tile. The kernel takes the tensors, rows and columns, and the constants.
+    """
+    grid = (cdiv(rows, t.rows) if count is None else count,)
+    launch(kernel, grid, *tensors, rows, columns, num_warps=t.warps, **constants, **t.constants)
+
+
 def check(operation: str, floats: dict[str, Tensor], others: dict[str, Tensor] | None = None) -> None:
     """Raises a TypeError or ValueError that names the tensor a kernel of `operation` cannot take, and the mend."""
     tensors = floats | (others or {})

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdreamer_kernels.batch_norm_act.reference import update_running
 from fastdreamer_kernels.blocks import place, read, silu, silu_slope, sum_rows, write
-from fastdreamer_kernels.launch import Tile, cdiv, check, launch, programs, tile
+from fastdreamer_kernels.launch import Tile, cdiv, check, launch, launch_rows, programs, tile
 
 FEW_ROWS = 256
 """Up to here a program holds all rows of its columns."""
@@ -212,7 +212,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
         t = tile(columns, elements=1024, per_thread=8)
         count = programs(x.device, cdiv(rows, t.rows))
         partial = x.new_empty(count, 3, columns, dtype=torch.float32)
-        launch(moments_kernel, (count,), *(x, partial, rows, columns), num_warps=t.warps, **t.constants)
+        launch_rows(moments_kernel, t, x, partial, rows=rows, columns=columns, count=count)
         counts, means, squares = partial.unbind(1)
         mean = (counts * means).sum(0) / rows
         var = (squares + counts * (means - mean).square()).sum(0) / rows
@@ -242,14 +242,7 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, ep
     out = torch.empty_like(x)
     rows, columns = _sizes(x)
     t = tile(columns, elements=2048, per_thread=16)
-    launch(
-        apply_kernel,
-        (cdiv(rows, t.rows),),
-        *(x, weight, bias, mean, var, out, rows, columns),
-        num_warps=t.warps,
-        EPS=eps,
-        **t.constants,
-    )
+    launch_rows(apply_kernel, t, x, weight, bias, mean, var, out, rows=rows, columns=columns, EPS=eps)
     return out
 
 
@@ -280,24 +273,9 @@ def backward(
     t = tile(columns, elements=1024, per_thread=8)
     count = programs(x.device, cdiv(rows, t.rows))
     partial = x.new_empty(count, 2, columns, dtype=torch.float32)
-    launch(
-        sums_kernel,
-        (count,),
-        *(*tensors, partial, rows, columns),
-        num_warps=t.warps,
-        EPS=eps,
-        **t.constants,
-    )
+    launch_rows(sums_kernel, t, *tensors, partial, rows=rows, columns=columns, count=count, EPS=eps)
     sums = partial.sum(0)
-    launch(
-        dx_kernel,
-        (cdiv(rows, t.rows),),
-        *(*tensors, sums, dx, rows, columns),
-        num_warps=t.warps,
-        BATCH_STATS=batch_stats,
-        EPS=eps,
-        **t.constants,
-    )
+    launch_rows(dx_kernel, t, *tensors, sums, dx, rows=rows, columns=columns, BATCH_STATS=batch_stats, EPS=eps)
     return dx, sums
 
 

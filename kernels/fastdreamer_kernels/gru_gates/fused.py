@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import place, read, sum_rows, tanh, write
-from fastdreamer_kernels.launch import cdiv, check, launch, programs, tile
+from fastdreamer_kernels.launch import cdiv, check, launch, launch_rows, programs, tile
 
 MOST_SUMMED = 2048
 """The largest D whose six sums over rows fit into a program's registers beside the rows themselves."""
@@ -271,14 +271,7 @@ def forward(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float
     out = torch.empty_like(deter)
     rows, size = deter.shape
     t = tile(size, elements=1024, per_thread=8)
-    launch(
-        forward_kernel,
-        (cdiv(rows, t.rows),),
-        *(pre, deter, weight, bias, out, rows, size),
-        num_warps=t.warps,
-        EPS=eps,
-        **t.constants,
-    )
+    launch_rows(forward_kernel, t, pre, deter, weight, bias, out, rows=rows, columns=size, EPS=eps)
     return out
 
 
@@ -299,14 +292,7 @@ def backward(
         t = tile(size, elements=512, per_thread=4)
         count = programs(pre.device, cdiv(rows, t.rows))
         partial = pre.new_empty(count, 6, size, dtype=torch.float32)
-        launch(
-            backward_kernel,
-            (count,),
-            *(*tensors, dpre, ddeter, partial, rows, size),
-            num_warps=t.warps,
-            EPS=eps,
-            **t.constants,
-        )
+        launch_rows(backward_kernel, t, *tensors, dpre, ddeter, partial, rows=rows, columns=size, count=count, EPS=eps)
     else:
         count = programs(pre.device, cdiv(rows, 4))
         partial = pre.new_empty(count, 6, size, dtype=torch.float32)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import normalise, place, read, silu, silu_slope, sum_rows, write
-from fastdreamer_kernels.launch import cdiv, check, launch, programs, tile
+from fastdreamer_kernels.launch import cdiv, check, launch_rows, programs, tile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -68,14 +68,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x)
     columns = x.shape[-1]
     rows, t = x.numel() // columns, tile(columns, elements=2048, per_thread=16)
-    launch(
-        forward_kernel,
-        (cdiv(rows, t.rows),),
-        *(x, weight, bias, out, rows, columns),
-        num_warps=t.warps,
-        EPS=eps,
-        **t.constants,
-    )
+    launch_rows(forward_kernel, t, x, weight, bias, out, rows=rows, columns=columns, EPS=eps)
     return out
 
 
@@ -92,13 +85,8 @@ def backward(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float) 
     rows, t = x.numel() // columns, tile(columns, elements=1024, per_thread=8)
     count = programs(x.device, cdiv(rows, t.rows))
     partial = x.new_empty(count, 2, columns, dtype=torch.float32)
-    launch(
-        backward_kernel,
-        (count,),
-        *(x, weight, bias, dout, dx, partial, rows, columns),
-        num_warps=t.warps,
-        EPS=eps,
-        **t.constants,
+    launch_rows(
+        backward_kernel, t, x, weight, bias, dout, dx, partial, rows=rows, columns=columns, count=count, EPS=eps
     )
     return dx, partial.sum(0)
 

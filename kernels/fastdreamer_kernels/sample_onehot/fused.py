@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import place, read, softmax, softmax_backward, unimix, write
-from fastdreamer_kernels.launch import cdiv, check, launch, tile
+from fastdreamer_kernels.launch import check, launch_rows, tile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -57,14 +57,7 @@ def forward(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
     out = torch.empty_like(logits)
     rows, classes = uniform.numel(), logits.shape[-1]
     t = tile(classes, elements=1024, per_thread=8)
-    launch(
-        forward_kernel,
-        (cdiv(rows, t.rows),),
-        *(logits, uniform, out, rows, classes),
-        num_warps=t.warps,
-        UNIMIX=unimix,
-        **t.constants,
-    )
+    launch_rows(forward_kernel, t, logits, uniform, out, rows=rows, columns=classes, UNIMIX=unimix)
     return out
 
 
@@ -78,14 +71,7 @@ def backward(logits: Tensor, dout: Tensor, unimix: float) -> Tensor:
     dlogits = torch.empty_like(logits)
     classes = logits.shape[-1]
     rows, t = logits.numel() // classes, tile(classes, elements=1024, per_thread=8)
-    launch(
-        backward_kernel,
-        (cdiv(rows, t.rows),),
-        *(logits, dout, dlogits, rows, classes),
-        num_warps=t.warps,
-        UNIMIX=unimix,
-        **t.constants,
-    )
+    launch_rows(backward_kernel, t, logits, dout, dlogits, rows=rows, columns=classes, UNIMIX=unimix)
     return dlogits
 
 

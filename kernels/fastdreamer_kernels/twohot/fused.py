@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import expm1, place, read, softmax, write
-from fastdreamer_kernels.launch import cdiv, check, launch, tile
+from fastdreamer_kernels.launch import cdiv, check, launch_rows, tile
 
 
 @triton.jit
@@ -131,15 +131,7 @@ def mean_backward_kernel(
 def _launch(kernel: Any, logits: Tensor, *others: Tensor, low: float, high: float, halves: bool = False) -> None:
     bins = logits.shape[-1]
     rows, t = logits.numel() // bins, tile(cdiv(bins, 2) if halves else bins, elements=1024, per_thread=8)
-    launch(
-        kernel,
-        (cdiv(rows, t.rows),),
-        *(logits, *others, rows, bins),
-        num_warps=t.warps,
-        LOW=low,
-        HIGH=high,
-        **t.constants,
-    )
+    launch_rows(kernel, t, logits, *others, rows=rows, columns=bins, LOW=low, HIGH=high)
 
 
 @torch.library.custom_op("fastdreamer::twohot_loss", mutates_args=())
