@@ -45,6 +45,7 @@ def operation_of(case: Case, implementation: str) -> Callable[..., Any]:
 def call_of(operation: Callable[..., Any], case: Case, seed: int, backward: bool) -> Callable[[], Any]:
     """One call on inputs of its own, with the gradients of what the operation learns."""
     inputs = case.inputs(DTYPE, DEVICE, seed)
+    operation = cases.adapted(case.operation, operation)
     learned = cases.LEARNED.get(case.operation, ()) if backward else ()
     leaves = [inputs[name].requires_grad_() for name in learned]
 

@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 import torch
 from fastdreamer_kernels.ops import Ops
+from fastdreamer_kernels.rssm_observe.reference import Running, Weights
 from torch import Tensor, nn
 
 from fastdreamer.config import ModelConfig, Size
 from fastdreamer.distributions import onehot_mode
-from fastdreamer.networks import NORM_EPS, LayerNormAct, linear, norm_act
+from fastdreamer.networks import NORM_EPS, BatchNormAct, LayerNormAct, linear, norm_act
 
 
 class State(NamedTuple):
@@ -26,6 +27,11 @@ class State(NamedTuple):
 
     def detach(self) -> "State":
         return State(self.deter.detach(), self.stoch.detach())
+
+
+def bounded(action: Tensor) -> Tensor:
+    """Actions (..., A) cut to [-1, 1], their gradient scaled instead of cut."""
+    return action / action.detach().abs().clamp(min=1)
 
 
 class RSSM(nn.Module):
@@ -59,8 +65,7 @@ class RSSM(nn.Module):
 
         Beyond [-1, 1] an action counts as its bound, as environments clip it; its gradient is scaled, not cut.
         """
-        action = action / action.detach().abs().clamp(min=1)
-        u = self.inp_norm(self.inp(torch.cat([state.stoch.flatten(-2), action], -1)))
+        u = self.inp_norm(self.inp(torch.cat([state.stoch.flatten(-2), bounded(action)], -1)))
         pre = self.gates(torch.cat([u, state.deter], -1))
         return self.ops.gru_gates(pre, state.deter, self.gates_weight, self.gates_bias, NORM_EPS)
 
@@ -113,20 +118,43 @@ class RSSM(nn.Module):
         """The posterior along sequences: x (B, T, E), past actions (B, T, A), is_first (B, T), uniforms (B, T, S).
 
         Row 0 starts from the learned initial state. Returns states (B, T, ...), posterior and prior logits
-        (B, T, S, K).
+        (B, T, S, K). The loop of steps, each as `observe_step`, is `rssm_observe/reference.py` among the operations.
         """
-        is_first = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1)
-        state = initial = self.initial()
-        deters, stochs, posteriors = [], [], []
-        # T times (B, ...). Indexing row by row would make each row's gradient as large as the whole.
-        for rows in zip(*(x.unbind(1) for x in (action, embed, is_first, uniform)), strict=True):
-            state, logits = self.observe_step(initial, state, *rows, batch_stats=batch_stats)
-            deters.append(state.deter)
-            stochs.append(state.stoch)
-            posteriors.append(logits)
-        # T times (B, ...) -> (B, T, ...)
-        states = State(torch.stack(deters, 1), torch.stack(stochs, 1))
-        return states, torch.stack(posteriors, 1), self.prior(states.deter)
+        initial, norm, running = self.initial(), self.posterior_norm, None
+        if isinstance(norm, BatchNormAct):
+            running = Running(norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+        observed = self.ops.rssm_observe(
+            embed,
+            bounded(action),
+            is_first,
+            uniform,
+            initial.deter[0],
+            initial.stoch[0],
+            self.weights(),
+            running,
+            batch_stats=batch_stats,
+            eps=NORM_EPS,
+            unimix=self.unimix,
+        )
+        return State(observed.deter, observed.stoch), observed.logits, self.prior(observed.deter)
+
+    def weights(self) -> Weights:
+        """Of sequence model and posterior, as the operation takes them."""
+        norm = self.posterior_norm
+        assert isinstance(norm, LayerNormAct | BatchNormAct)
+        return Weights(
+            self.inp.weight,
+            self.inp_norm.weight,
+            self.inp_norm.bias,
+            self.gates.weight,
+            self.gates_weight,
+            self.gates_bias,
+            self.posterior_hidden.weight,
+            norm.weight,
+            norm.bias,
+            self.posterior_out.weight,
+            self.posterior_out.bias,
+        )
 
     def imagine_step(self, state: State, action: Tensor, uniform: Tensor) -> State:
         """One prior step: the state (N, ...) that follows an action (N, A), drawn with uniforms (N, S)."""

@@ -21,6 +21,7 @@ SHAPES = {
     "lambda_return": "(T, N) each -> (T, N)",
     "gather_sequences": "ring (M, ...), index (B, T) -> (B, T, ...)",
     "adam_step": "four vectors (P), slow copy (<= P) -> norm ()",
+    "rssm_observe": "x (B, T, E), actions (B, T, A) -> states (B, T, ...)",
 }
 BANDWIDTH = 3.35e12
 """Bytes a second of an H100 SXM's memory, by its data sheet: what floors are computed with."""
@@ -28,14 +29,14 @@ BANDWIDTH = 3.35e12
 
 def overview() -> str:
     choice, reason = ops.why()
-    lines = [f"{'operation':18}{'shapes':48}{'auto takes':12}sizes at preset S (B 16, T 64, H 15)"]
+    lines = [f"{'operation':18}{'shapes':54}{'auto takes':12}sizes at preset S (B 16, T 64, H 15)"]
     for operation in ops.Ops._fields:
         sizes = [
             "x".join(str(size) for size in case.sizes.values() if size)
             for case in cases.preset("S")
             if case.operation == operation
         ]
-        lines.append(f"{operation:18}{SHAPES[operation]:48}{choice:12}{', '.join(sizes)}")
+        lines.append(f"{operation:18}{SHAPES[operation]:54}{choice:12}{', '.join(sizes)}")
     return "\n".join([*lines, "", f"{choice}, because {reason}. ops.load('reference' | 'fused' | 'auto') chooses."])
 
 

@@ -75,7 +75,7 @@ def variants(chosen: Iterable[Case]) -> list[Variant]:
     found: dict[Variant, None] = {}
     for case in chosen:
         module = f"fastdreamer_kernels.{ops.FOLDERS.get(case.operation, case.operation)}.fused"
-        operation = getattr(importlib.import_module(module), case.operation)
+        operation = cases.adapted(case.operation, getattr(importlib.import_module(module), case.operation))
         for dtype in DTYPES:
             inputs = case.smaller().inputs(dtype)
             with recording() as launches:
@@ -84,11 +84,11 @@ def variants(chosen: Iterable[Case]) -> list[Variant]:
                 outs = [out for out in ([result] if isinstance(result, Tensor) else result) if out is not None]
                 if leaves:
                     torch.autograd.backward([out.sum() for out in outs if out.requires_grad])
-            found |= dict.fromkeys(_variant(module, entry) for entry in launches)
+            found |= dict.fromkeys(_variant(entry) for entry in launches)
     return list(found)
 
 
-def _variant(module: str, entry: Any) -> Variant:
+def _variant(entry: Any) -> Variant:
     """What Triton would compile for a launch: it specialises on integers that are 1 or divisible by 16."""
     signature, constants, aligned = [], list(entry.constants.items()), []
     for i, (name, value) in enumerate(zip(entry.kernel.arg_names, entry.args, strict=False)):
@@ -104,7 +104,14 @@ def _variant(module: str, entry: Any) -> Variant:
             if value % 16 == 0 and not free:
                 aligned.append(i)
     signature += [(name, "constexpr") for name in entry.constants]
-    return Variant(module, entry.kernel.__name__, tuple(signature), tuple(constants), tuple(aligned), entry.num_warps)
+    return Variant(
+        entry.kernel.fn.__module__,
+        entry.kernel.__name__,
+        tuple(signature),
+        tuple(constants),
+        tuple(aligned),
+        entry.num_warps,
+    )
 
 
 def compile_variant(variant: Variant, arch: str) -> Usage:

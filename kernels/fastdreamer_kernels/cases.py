@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer_kernels.gather_sequences.reference import Steps
+from fastdreamer_kernels.rssm_observe.reference import Running, Weights
 
 Inputs = dict[str, Any]
 """An operation's arguments by name."""
@@ -174,11 +175,67 @@ def adam_step(draw: Draw, parameters: int, slow: int) -> Inputs:
     }
 
 
+def rssm_observe(
+    draw: Draw, batch: int, length: int, embed: int, action: int, deter: int, units: int, stoch: int, classes: int,
+    batch_norm: bool, batch_stats: bool,
+) -> Inputs:  # fmt: skip
+    """With weights and running statistics by their own names: `adapted` puts them together.
+
+    Uniforms lie at one of their ends, where the first or the last class is drawn whatever is rounded: one draw that
+    rounding turned would change all that follows.
+    """
+    latent = stoch * classes
+    wide = torch.promote_types(draw.dtype, torch.float32)
+
+    def matrix(outputs: int, inputs: int) -> Tensor:
+        return draw.normal(outputs, inputs, std=inputs**-0.5, dtype=wide)
+
+    return {
+        "embed": draw.normal(batch, length, embed),
+        "action": draw.normal(batch, length, action),
+        "is_first": draw.flags(batch, length, rate=0.1),
+        "uniform": draw.flags(batch, length, stoch, rate=0.5).to(wide) * (1 - 2**-24),
+        "deter": draw.weight(deter, mean=0),
+        "stoch": torch.nn.functional.one_hot(draw.integers(classes, stoch), classes).to(wide),
+        "inp": matrix(units, latent + action),
+        "inp_scale": draw.weight(units, mean=1),
+        "inp_shift": draw.weight(units, mean=0),
+        "gates": matrix(3 * deter, units + deter),
+        "gates_scale": draw.weight(3 * deter, mean=1),
+        "gates_shift": draw.weight(3 * deter, mean=0),
+        "hidden": matrix(units, deter + embed),
+        "hidden_scale": draw.weight(units, mean=1),
+        "hidden_shift": draw.weight(units, mean=0),
+        "out": matrix(latent, units),
+        "out_bias": draw.weight(latent, mean=0),
+        "running_mean": draw.weight(units, mean=0) if batch_norm else None,
+        "running_var": draw.weight(units, mean=0).square() + 1 if batch_norm else None,
+        "batch_stats": batch_stats,
+        "eps": 1e-3,
+        "unimix": 0.01,
+    }
+
+
+def adapted(operation: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation as taking the inputs of its cases."""
+    if operation != "rssm_observe":
+        return function
+
+    def observe(running_mean: Tensor | None, running_var: Tensor | None, **inputs: Any) -> Any:
+        weights = Weights(*(inputs.pop(name) for name in Weights._fields))
+        running = None
+        if running_mean is not None and running_var is not None:
+            running = Running(running_mean, running_var, momentum=0.1, eps=1e-3)
+        return function(**inputs, weights=weights, running=running)
+
+    return observe
+
+
 MAKERS: dict[str, Callable[..., Inputs]] = {
     make.__name__: make
     for make in (
         gru_gates, sample_onehot, layer_norm_act, batch_norm_act, twohot_loss, twohot_mean, kl_balance, lambda_return,
-        gather_sequences, adam_step,
+        gather_sequences, adam_step, rssm_observe,
     )
 }  # fmt: skip
 LEARNED = {
@@ -190,6 +247,7 @@ LEARNED = {
     "twohot_mean": ("logits",),
     "kl_balance": ("posterior", "prior"),
     "lambda_return": ("reward", "discount", "value"),
+    "rssm_observe": ("embed", "deter", *Weights._fields),
 }
 """Which arguments an operation has gradients for; those that are missing here are not differentiable."""
 ARITHMETIC = {
@@ -203,10 +261,11 @@ ARITHMETIC = {
     "lambda_return": ("reward", 25, 30),
     "gather_sequences": ("image", 2, 0),
     "adam_step": ("param", 16, 0),
+    "rssm_observe": ("products", 2, 4),
 }
 """About how many operations forward and backward take for each number of one argument, an exponential counted as one.
 
-Of the gather those on the images that come out."""
+Of the gather those on the images that come out; of the posterior sequence those of its matrix products."""
 IDLE_BACKWARD = {
     "sample_onehot": ("uniform",),
     "batch_norm_act": ("running_mean", "running_var"),
@@ -216,6 +275,7 @@ IDLE_BACKWARD = {
 WRITTEN = {
     "batch_norm_act": ("running_mean", "running_var"),
     "adam_step": ("param", "mean", "square", "step", "slow"),
+    "rssm_observe": ("running_mean", "running_var"),
 }
 """Which arguments an operation changes in place."""
 MOST = {"rows": 512, "columns": 64, "ring": 16, "batch": 2, "length": 4, "parameters": 4096, "slow": 1024}
@@ -241,7 +301,8 @@ class Case:
     def traffic(self, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes that forward and backward move at least: everything they need read once, every result written once."""
         folder = {"twohot_loss": "twohot", "twohot_mean": "twohot"}.get(self.operation, self.operation)
-        reference = getattr(import_module(f"fastdreamer_kernels.{folder}.reference"), self.operation)
+        function = getattr(import_module(f"fastdreamer_kernels.{folder}.reference"), self.operation)
+        reference = adapted(self.operation, function)
         inputs = self.inputs(dtype, "meta")
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         results = reference(**inputs)
@@ -267,7 +328,11 @@ class Case:
     def operations(self) -> tuple[int, int]:
         """About how many arithmetic operations forward and backward take."""
         argument, forward, backward = ARITHMETIC[self.operation]
-        if argument == "image":
+        if argument == "products":
+            inputs = self.inputs(torch.float32, "meta")
+            weights = sum(inputs[name].numel() for name in ("inp", "gates", "hidden", "out"))
+            numbers = weights * self.sizes["batch"] * self.sizes["length"]
+        elif argument == "image":
             numbers = 3 * self.sizes["image"] ** 2 * self.sizes["batch"] * self.sizes["length"]
         else:
             numbers = self.inputs(torch.float32, "meta")[argument].numel()
@@ -319,6 +384,13 @@ def preset(size: str) -> list[Case]:
         case(
             "gather_sequences", "vectors", ring=20_000, batch=BATCH, length=LENGTH, image=0, vector=24, action=6,
             shift=True,
+        ),
+        *(
+            case(
+                "rssm_observe", label, batch=BATCH, length=LENGTH, embed=128 * w.channels, action=6, deter=w.deter,
+                units=w.units, **latent, batch_norm=norm, batch_stats=norm,
+            )
+            for label, norm in (("BatchNorm", True), ("LayerNorm", False))
         ),
         case("adam_step", "world model", parameters=w.model, slow=0),
         case("adam_step", "critic", parameters=w.critic, slow=w.critic),

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer_kernels.cases import LEARNED, WRITTEN, Case, Inputs
+from fastdreamer_kernels.cases import LEARNED, WRITTEN, Case, Inputs, adapted
 from fastdreamer_kernels.sample_onehot.reference import unimix_probs
 
 SLACK = 2.0
@@ -52,7 +52,7 @@ def run(operation: Callable[..., Any], case: Case, inputs: Inputs, seed: int = 1
     learned = LEARNED.get(case.operation, ())
     inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
     leaves = [inputs[name].requires_grad_() for name in learned]
-    outs = tensors(operation(**inputs))
+    outs = tensors(adapted(case.operation, operation)(**inputs))
     results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
     if learned:
         reached, generator = [out for out in outs if out.requires_grad], torch.Generator().manual_seed(seed)

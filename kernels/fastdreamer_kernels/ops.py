@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastdreamer_kernels.gather_sequences.reference import Steps
 from fastdreamer_kernels.kl_balance.reference import KL
+from fastdreamer_kernels.rssm_observe.reference import Observed, Running, Weights
 
 Choice = Literal["reference", "fused", "auto"]
 
@@ -83,6 +84,24 @@ class AdamStep(Protocol):
     ) -> Tensor: ...
 
 
+class RssmObserve(Protocol):
+    def __call__(
+        self,
+        embed: Tensor,
+        action: Tensor,
+        is_first: Tensor,
+        uniform: Tensor,
+        deter: Tensor,
+        stoch: Tensor,
+        weights: Weights,
+        running: Running | None,
+        *,
+        batch_stats: bool,
+        eps: float,
+        unimix: float,
+    ) -> Observed: ...
+
+
 class Ops(NamedTuple):
     """The operations an agent is built from."""
 
@@ -96,6 +115,7 @@ class Ops(NamedTuple):
     lambda_return: LambdaReturn
     gather_sequences: GatherSequences
     adam_step: AdamStep
+    rssm_observe: RssmObserve
 
 
 FOLDERS = {"twohot_loss": "twohot", "twohot_mean": "twohot"}

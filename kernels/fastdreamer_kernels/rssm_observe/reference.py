@@ -1,0 +1,103 @@
+"""The posterior along sequences (MuDreamer, "Architecture at a Glance", steps 1 to 5): a plain loop of steps."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdreamer_kernels.batch_norm_act.reference import batch_norm_act
+from fastdreamer_kernels.gru_gates.reference import gru_gates
+from fastdreamer_kernels.layer_norm_act.reference import layer_norm_act
+from fastdreamer_kernels.sample_onehot.reference import sample_onehot
+
+
+class Weights(NamedTuple):
+    """Of sequence model and representation network; scale and shift are those of the norm behind each product."""
+
+    inp: Tensor  # (U, S*K + A)
+    inp_scale: Tensor  # (U)
+    inp_shift: Tensor  # (U)
+    gates: Tensor  # (3D, U + D)
+    gates_scale: Tensor  # (3D)
+    gates_shift: Tensor  # (3D)
+    hidden: Tensor  # (U, D + E)
+    hidden_scale: Tensor  # (U)
+    hidden_shift: Tensor  # (U)
+    out: Tensor  # (S*K, U)
+    out_bias: Tensor  # (S*K)
+
+
+class Running(NamedTuple):
+    """BatchNorm's running statistics (U), changed in place while training, and how fast they follow."""
+
+    mean: Tensor
+    var: Tensor
+    momentum: float
+    eps: float
+
+
+class Observed(NamedTuple):
+    """States and the posterior's logits: `deter` (B, T, D), `stoch` and `logits` (B, T, S, K)."""
+
+    deter: Tensor
+    stoch: Tensor
+    logits: Tensor
+
+
+def rssm_observe(
+    embed: Tensor,
+    action: Tensor,
+    is_first: Tensor,
+    uniform: Tensor,
+    deter: Tensor,
+    stoch: Tensor,
+    weights: Weights,
+    running: Running | None,
+    *,
+    batch_stats: bool,
+    eps: float,
+    unimix: float,
+) -> Observed:
+    """The states that follow from x (B, T, E), past actions (B, T, A), is_first (B, T) and uniforms (B, T, S).
+
+    Before the first step, and wherever `is_first`, stand the initial state `deter` (D), `stoch` (S, K) and no action.
+    The representation network's norm is BatchNorm over the B rows of a step (`batch_stats`: their own statistics, and
+    the running ones follow step by step; else the running ones) or, without `running`, LayerNorm with `eps`, like the
+    other norms. Products are in `embed`'s dtype, `deter` keeps the initial state's. Actions and `stoch` have no
+    gradient: the former are data, the latter is a mode.
+    """
+    dtype, (stochs, classes) = embed.dtype, stoch.shape
+    stoch, action = stoch.detach().to(dtype), action.detach().to(dtype)
+    is_first = torch.cat([torch.ones_like(is_first[:, :1]), is_first[:, 1:]], 1)
+    h, z = deter.expand(embed.shape[0], -1), stoch.expand(embed.shape[0], -1, -1)
+    states = []
+    for x, a, first, u in zip(*(rows.unbind(1) for rows in (embed, action, is_first, uniform)), strict=True):
+        # Resets
+        h = torch.where(first[:, None], deter, h)
+        z = torch.where(first[:, None, None], stoch, z)
+        a = a.masked_fill(first[:, None], 0)
+        # Sequence model
+        pre = F.linear(torch.cat([z.flatten(1), a], -1), weights.inp.to(dtype))
+        pre = torch.cat([layer_norm_act(pre, weights.inp_scale, weights.inp_shift, eps), h.to(dtype)], -1)
+        h = gru_gates(F.linear(pre, weights.gates.to(dtype)), h, weights.gates_scale, weights.gates_shift, eps)
+        # Representation network
+        pre = F.linear(torch.cat([h.to(dtype), x], -1), weights.hidden.to(dtype))
+        if running is None:
+            hidden = layer_norm_act(pre, weights.hidden_scale, weights.hidden_shift, eps)
+        else:
+            hidden = batch_norm_act(
+                pre,
+                weights.hidden_scale,
+                weights.hidden_shift,
+                running.mean,
+                running.var,
+                batch_stats=batch_stats,
+                momentum=running.momentum,
+                eps=running.eps,
+            )
+        logits = F.linear(hidden, weights.out.to(dtype), weights.out_bias.to(dtype)).view(-1, stochs, classes)
+        z = sample_onehot(logits, u, unimix)
+        states.append((h, z, logits))
+    # T times (B, ...) -> (B, T, ...)
+    return Observed(*(torch.stack(rows, 1) for rows in zip(*states, strict=True)))
