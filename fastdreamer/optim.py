@@ -46,11 +46,17 @@ class Optimizer:
         self._grads = [torch.as_strided(self.grad, p.shape, p.stride(), p.storage_offset()) for p in self.params]
 
     def step(self, loss: Tensor) -> Tensor:
-        """One step down `loss`. Returns the gradient's norm before clipping. Parameters it does not reach stay."""
+        """One step down `loss`. Returns the gradient's norm before clipping.
+
+        Parameters it does not reach count as having a gradient of zero: those it never reaches stay.
+        """
         grads = torch.autograd.grad(loss, self.params, allow_unused=True)
         with torch.no_grad():
             reached = [(own, grad) for own, grad in zip(self._grads, grads, strict=True) if grad is not None]
             torch._foreach_copy_(*zip(*reached, strict=True))  # pyright: ignore
+            for own, grad in zip(self._grads, grads, strict=True):
+                if grad is None:
+                    own.zero_()
         return self.ops.adam_step(
             self.param,
             self.grad,

@@ -489,3 +489,25 @@ def test_dream_follows_the_actions_after_its_context() -> None:
     changed = agent.world_model.dream(batch, uniform, 2)["image"]
     torch.testing.assert_close(changed[:, :4], first[:, :4])
     assert not torch.allclose(changed[:, 4:], first[:, 4:])
+
+
+@pytest.mark.parametrize("norm", ["posterior", "none"])
+def test_steps_one_by_one_are_the_sequence(norm: str) -> None:
+    """What acts and what trains walk the same path: steps of `observe_step` against `observe`, resets included."""
+    agent = make_agent(make_config(batch_norm=norm))
+    rssm, g = agent.world_model.rssm, torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        rssm.initial_deter.normal_()
+    embed = torch.randn(B, T, agent.world_model.encoder.embed, generator=g)
+    action = torch.randn(B, T, 3, generator=g) * 2
+    is_first, uniform = torch.rand(B, T, generator=g) < 0.3, torch.rand(B, T, rssm.stoch, generator=g)
+    states, logits, _ = rssm.observe(embed, action, is_first, uniform, batch_stats=False)
+    state = agent.initial_carry(B, torch.device("cpu")).state
+    for t in range(T):
+        first = is_first[:, t] if t else torch.ones(B, dtype=torch.bool)
+        state, step_logits = rssm.observe_step(
+            rssm.initial(), state, action[:, t], embed[:, t], first, uniform[:, t], batch_stats=False
+        )
+        torch.testing.assert_close(state.deter, states.deter[:, t])
+        torch.testing.assert_close(state.stoch, states.stoch[:, t])
+        torch.testing.assert_close(step_logits, logits[:, t])
