@@ -32,7 +32,7 @@ def overview() -> str:
     lines = [f"{'operation':18}{'shapes':54}{'auto takes':12}sizes at preset S (B 16, T 64, H 15)"]
     for operation in ops.Ops._fields:
         sizes = [
-            "x".join(str(size) for size in case.sizes.values() if size)
+            "x".join(str(size) for size in case.sizes.values() if size and not isinstance(size, bool))
             for case in cases.preset("S")
             if case.operation == operation
         ]

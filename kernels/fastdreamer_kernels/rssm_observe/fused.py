@@ -263,10 +263,8 @@ def rssm_observe(
         with torch.no_grad():
             _follow(running.mean, means, momentum)
             _follow(running.var, vars * (embed.shape[1] / max(embed.shape[1] - 1, 1)), momentum)
-    shape = stoch.shape
-    return Observed(
-        deters.transpose(0, 1), stochs.transpose(0, 1).unflatten(-1, shape), logits.transpose(0, 1).unflatten(-1, shape)
-    )
+    deters, stochs, logits = (x.transpose(0, 1).contiguous() for x in (deters, stochs, logits))
+    return Observed(deters, stochs.unflatten(-1, stoch.shape), logits.unflatten(-1, stoch.shape))
 
 
 def _follow(running: Tensor, steps: Tensor, momentum: float) -> None:
