@@ -79,12 +79,11 @@ def expm1(x):
 
 @triton.jit
 def softmax(logits, inside):
-    """Of each row of logits (ROWS, COLUMNS); zero outside."""
+    """Of each row of logits (ROWS, COLUMNS); zero outside, but NaN in rows that lie wholly outside, as in rows of
+    negative infinity."""
     peak = tl.max(tl.where(inside, logits, float("-inf")), 1)
-    # Rows that lie wholly outside have no peak: their differences would be not a number.
-    weights = tl.where(inside, tl.exp(logits - tl.where(peak == float("-inf"), 0.0, peak)[:, None]), 0.0)
-    total = tl.sum(weights, 1)
-    return weights / tl.where(total == 0.0, 1.0, total)[:, None]
+    weights = tl.where(inside, tl.exp(logits - peak[:, None]), 0.0)
+    return weights / tl.sum(weights, 1)[:, None]
 
 
 @triton.jit

@@ -392,6 +392,6 @@ def preset(size: str) -> list[Case]:
             )
             for label, norm in (("BatchNorm", True), ("LayerNorm", False))
         ),
-        case("adam_step", "world model", parameters=w.model, slow=0),
-        case("adam_step", "critic", parameters=w.critic, slow=w.critic),
+        case("adam_step", "world model", parameters=-(-w.model // 64) * 64, slow=0),
+        case("adam_step", "critic", parameters=-(-w.critic // 64) * 64, slow=-(-w.critic // 64) * 64),
     ]  # fmt: skip

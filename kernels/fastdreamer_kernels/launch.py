@@ -109,6 +109,13 @@ def launch_rows(
     launch(kernel, grid, *tensors, rows, columns, num_warps=t.warps, **constants, **t.constants)
 
 
+def check_shapes(operation: str, **expected: tuple[Tensor, Sequence[int]]) -> None:
+    """Raises a ValueError that names a tensor of another shape than expected: a kernel would leave its memory."""
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{operation}: {name} is {tuple(tensor.shape)} and must be {tuple(shape)}.")
+
+
 def check(operation: str, floats: dict[str, Tensor], others: dict[str, Tensor] | None = None) -> None:
     """Raises a TypeError or ValueError that names the tensor a kernel of `operation` cannot take, and the mend."""
     tensors = floats | (others or {})
@@ -125,3 +132,6 @@ def check(operation: str, floats: dict[str, Tensor], others: dict[str, Tensor] |
     for name, tensor in floats.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16):
             raise TypeError(f"{operation}: {name} is {tensor.dtype}: the fused kernels take float32 and bfloat16.")
+    for name, tensor in (others or {}).items():
+        if tensor.dtype not in (torch.bool, torch.int64, torch.uint8, torch.float32):
+            raise TypeError(f"{operation}: {name} is {tensor.dtype}: flags are bool, indices int64, images uint8.")

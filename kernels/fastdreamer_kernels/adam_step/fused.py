@@ -8,19 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import expm1, read
-from fastdreamer_kernels.launch import cdiv, check, launch
+from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch
 
 BLOCK, PARTIALS = 1024, 512
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit
 def norm_kernel(grad_ptr, partial_ptr, step_ptr, size, BLOCK: tl.constexpr):
     """Each program's own sum of squares: partial (programs); and the count of steps advances."""
     total = tl.zeros([BLOCK], tl.float32)
     # Offsets are 64 bits wide from here on: sizes beyond 2^31 are numbers of parameters one may have.
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    for _ in range(0, tl.cdiv(size, tl.num_programs(0) * BLOCK)):
+    for _ in range(0, (size - 1) // (tl.num_programs(0) * BLOCK) + 1):
         grad = read(grad_ptr, at, at < size)
         total += grad * grad
         at += stride
@@ -29,7 +29,7 @@ def norm_kernel(grad_ptr, partial_ptr, step_ptr, size, BLOCK: tl.constexpr):
         tl.store(step_ptr, tl.load(step_ptr) + 1.0)
 
 
-@triton.jit(do_not_specialize=["size", "slow_size"])
+@triton.jit
 def step_kernel(
     param_ptr,
     grad_ptr,
@@ -53,25 +53,29 @@ def step_kernel(
     PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    number = tl.arange(0, PARTIALS)
-    norm = tl.sqrt(tl.sum(read(partial_ptr, number, number < partials), 0))
-    scale = CLIP / (norm + 1e-6)
-    # Not a minimum: that would turn NaN into 1.
-    scale = tl.where(scale > 1.0, 1.0, scale)
-    step = tl.load(step_ptr)
-    rate = LR / -expm1(step * LOG_BETA1)
-    unbias2 = -expm1(step * LOG_BETA2)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
-    grad = read(grad_ptr, at, inside) * scale
+    # Under way before anything waits for the norm.
+    grad = read(grad_ptr, at, inside)
     mean = read(mean_ptr, at, inside)
+    square = read(square_ptr, at, inside)
+    param = read(param_ptr, at, inside)
+    slow = read(slow_ptr, at, at < slow_size)
+    step = tl.load(step_ptr)
+    number = tl.arange(0, PARTIALS)
+    norm = tl.sqrt_rn(tl.sum(read(partial_ptr, number, number < partials), 0))
+    scale = tl.div_rn(tl.full([], CLIP, tl.float32), norm + 1e-6)
+    # Not a minimum: that would turn NaN into 1.
+    scale = tl.where(scale > 1.0, 1.0, scale)
+    rate = tl.div_rn(tl.full([], LR, tl.float32), -expm1(step * LOG_BETA1))
+    unbias2 = -expm1(step * LOG_BETA2)
+    grad *= scale
     mean += (grad - mean) * (1.0 - BETA1)
-    square = BETA2 * read(square_ptr, at, inside) + (1.0 - BETA2) * grad * grad
-    param = read(param_ptr, at, inside) - rate * mean / (tl.sqrt(square / unbias2) + EPS)
+    square = BETA2 * square + (1.0 - BETA2) * grad * grad
+    param -= rate * mean / (tl.sqrt(square / unbias2) + EPS)
     tl.store(mean_ptr + at, mean, mask=inside)
     tl.store(square_ptr + at, square, mask=inside)
     tl.store(param_ptr + at, param, mask=inside)
-    slow = read(slow_ptr, at, at < slow_size)
     tl.store(slow_ptr + at, slow + (param - slow) * RATE, mask=at < slow_size)
     if tl.program_id(0) == 0:
         tl.store(norm_ptr, norm)
@@ -157,6 +161,9 @@ def adam_step(
     tensors = {"param": param, "grad": grad, "mean": mean, "square": square, "step": step}
     tensors |= {} if slow is None else {"slow": slow}
     check("adam_step", tensors)
+    check_shapes("adam_step", **{name: (tensors[name], param.shape) for name in ("grad", "mean", "square")})
+    if slow is not None and slow.numel() > param.numel():
+        raise ValueError(f"adam_step: slow has {slow.numel()} numbers and param {param.numel()}: it follows the first.")
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise TypeError(f"adam_step: {name} is {tensor.dtype}: parameters and moments are kept in float32.")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastdreamer_kernels.batch_norm_act.reference import update_running
 from fastdreamer_kernels.blocks import place, read, silu, silu_slope, sum_rows, write
-from fastdreamer_kernels.launch import Tile, cdiv, check, launch, launch_rows, programs, tile
+from fastdreamer_kernels.launch import Tile, cdiv, check, check_shapes, launch, launch_rows, programs, tile
 
 FEW_ROWS = 256
 """Up to here a program holds all rows of its columns."""
@@ -97,7 +97,7 @@ def moments_kernel(x_ptr, partial_ptr, rows, columns, ROWS: tl.constexpr, COLUMN
         there = (row < rows)[:, None]
         count += tl.where(there, 1.0, 0.0)
         apart = tl.where(there, x - mean, 0.0)
-        mean += apart / tl.where(count == 0.0, 1.0, count)
+        mean += apart * (1.0 / tl.where(count == 0.0, 1.0, count))
         squares += tl.where(there, apart * (x - mean), 0.0)
     total = sum_rows(count, ROWS, 1)
     middle = sum_rows(count * mean, ROWS, COLUMNS) / total
@@ -198,8 +198,8 @@ def _sizes(x: Tensor) -> tuple[int, int]:
 
 
 def _few(rows: int, columns: int) -> Tile:
-    """All rows of as many columns as make about 1,024 elements, at least 8 (32 bytes of a row)."""
-    height = triton.next_power_of_2(rows)
+    """All rows of as many columns as make about 1,024 elements, at least 8."""
+    height = triton.next_power_of_2(max(rows, 1))
     width = min(max(8, 1024 // height), triton.next_power_of_2(columns))
     return Tile(height, width, min(8, max(1, height * width // 256)))
 
@@ -298,8 +298,9 @@ def _backward(ctx: Any, dout: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_apply(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    x, weight, bias, mean, var, ctx.eps = inputs
+    # The running statistics may have moved on before the backward pass.
+    ctx.save_for_backward(x, weight, bias, mean.clone(), var.clone())
 
 
 def _backward_apply(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -329,6 +330,7 @@ def batch_norm_act(
     """
     tensors = {"x": x, "weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
     check("batch_norm_act", tensors)
+    check_shapes("batch_norm_act", **{name: (y, x.shape[-1:]) for name, y in tensors.items() if name != "x"})
     if not batch_stats:
         return apply(x, weight, bias, running_mean, running_var, eps)
     out, mean, var = forward(x, weight, bias, eps)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastdreamer_kernels.blocks import write
 from fastdreamer_kernels.gather_sequences.reference import Steps, take
-from fastdreamer_kernels.launch import cdiv, check, launch
+from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch
 
 
 @triton.jit
@@ -20,7 +20,8 @@ def image_kernel(ring_ptr, index_ptr, out_ptr, pixels, CHANNELS: tl.constexpr, B
     size = pixels * CHANNELS
     source = step * size + (value % CHANNELS) * pixels + value // CHANNELS
     image = tl.load(ring_ptr + source, mask=inside, other=0).to(tl.float32)
-    write(out_ptr, row * size + value, image / 255.0 - 0.5, inside)
+    # A product with 1 / 255, which a plain division may become, would carry that number's error.
+    write(out_ptr, row * size + value, tl.div_rn(image, tl.full([BLOCK], 255.0, tl.float32)) - 0.5, inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -151,6 +152,14 @@ def gather_sequences(ring: Steps, index: Tensor, begins: Tensor, dtype: torch.dt
     """
     fields = {name: field for name, field in ring._asdict().items() if field is not None}
     check("gather_sequences", {}, {"index": index, "begins": begins} | fields)
+    steps = ring.reward.shape[:1]
+    check_shapes(
+        "gather_sequences",
+        begins=(begins, index.shape),
+        **{name: (field, (*steps, *field.shape[1:])) for name, field in fields.items()},
+    )
+    if index.dtype != torch.int64 or begins.dtype != torch.bool:
+        raise TypeError(f"gather_sequences: index is {index.dtype}, begins {begins.dtype}: pass int64 and bool.")
     vector, *rest = gather_fields(index, begins, *ring[1:], shift)
     image = ring.image
     if image is not None:

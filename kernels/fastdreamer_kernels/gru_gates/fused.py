@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import place, read, sum_rows, tanh, write
-from fastdreamer_kernels.launch import cdiv, check, launch, launch_rows, programs, tile
+from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch, launch_rows, programs, tile
 
 MOST_SUMMED = 2048
 """The largest D whose six sums over rows fit into a program's registers beside the rows themselves."""
@@ -343,4 +343,7 @@ def gru_gates(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: flo
     Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
     """
     check("gru_gates", {"pre": pre, "deter": deter, "weight": weight, "bias": bias})
+    rows, size = deter.shape
+    gates = (3 * size,)
+    check_shapes("gru_gates", pre=(pre, (rows, *gates)), weight=(weight, gates), bias=(bias, gates))
     return forward(pre, deter, weight, bias, eps)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdreamer_kernels.blocks import place, read, softmax, softmax_backward, unimix, write
 from fastdreamer_kernels.kl_balance.reference import KL
-from fastdreamer_kernels.launch import cdiv, check, launch, tile
+from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch, tile
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     dposterior, dprior = torch.empty_like(posterior), torch.empty_like(prior)
     categoricals, classes = posterior.shape[-2:]
-    rows, t = value.numel() * categoricals, tile(classes, elements=1024, per_thread=8)
+    rows, t = value.numel() * categoricals, tile(classes, elements=512, per_thread=4)
     launch(
         backward_kernel,
         (cdiv(rows, t.rows),),
@@ -148,5 +148,6 @@ def kl_balance(posterior: Tensor, prior: Tensor, unimix: float, free: float) -> 
     Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
     """
     check("kl_balance", {"posterior": posterior, "prior": prior})
+    check_shapes("kl_balance", prior=(prior, posterior.shape))
     dyn, rep, value = forward(posterior, prior, unimix, free)
     return KL(dyn, rep, value.detach())

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import read, write
-from fastdreamer_kernels.launch import MAX_COLUMNS, cdiv, check, launch
+from fastdreamer_kernels.launch import MAX_COLUMNS, cdiv, check, check_shapes, launch
 
 
 @triton.jit
@@ -93,13 +93,13 @@ def backward_kernel(
 def _launch(kernel: Any, last: Tensor | None, out: Tensor, *tensors: Tensor, lam: float) -> None:
     steps, columns = out.shape
     rows = triton.next_power_of_2(steps)
-    # 16 columns are 64 bytes: less would waste what a load brings.
-    width = max(16 if rows < 1024 else 1, 1024 // rows)
+    # Few columns a program, hence many programs: there are few columns, and a scan within a warp needs no exchange.
+    width = 16 if rows < 1024 else 1
     launch(
         kernel,
         (cdiv(columns, width),),
         *(*tensors, steps, columns),
-        num_warps=min(8, max(1, rows * width // 256)),
+        num_warps=min(32, max(1, rows * width // 512)),
         LAST=last is not None,
         LAM=lam,
         ROWS=rows,
@@ -160,6 +160,8 @@ def lambda_return(reward: Tensor, discount: Tensor, value: Tensor, last: Tensor 
         {"reward": reward, "discount": discount, "value": value},
         {} if last is None else {"last": last},
     )
+    flags = {} if last is None else {"last": (last, reward.shape)}
+    check_shapes("lambda_return", discount=(discount, reward.shape), value=(value, reward.shape), **flags)
     if reward.shape[0] > MAX_COLUMNS:
         raise ValueError(f"lambda_return: {reward.shape[0]} steps are too many: {MAX_COLUMNS} at most.")
     return forward(reward, discount, value, last, lam)

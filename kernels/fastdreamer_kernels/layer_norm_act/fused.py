@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import normalise, place, read, silu, silu_slope, sum_rows, write
-from fastdreamer_kernels.launch import cdiv, check, launch_rows, programs, tile
+from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch_rows, programs, tile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -116,4 +116,5 @@ def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tenso
     Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
     """
     check("layer_norm_act", {"x": x, "weight": weight, "bias": bias})
+    check_shapes("layer_norm_act", weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
     return forward(x, weight, bias, eps)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdreamer_kernels.batch_norm_act import fused as batch_norm
 from fastdreamer_kernels.gru_gates import fused as gru
-from fastdreamer_kernels.launch import check
+from fastdreamer_kernels.launch import check, check_shapes
 from fastdreamer_kernels.layer_norm_act import fused as layer_norm
 from fastdreamer_kernels.rssm_observe.reference import Observed, Running, Weights
 from fastdreamer_kernels.sample_onehot import fused as sampling
@@ -253,6 +253,20 @@ def rssm_observe(
     embed, action, first, uniform = (x.transpose(0, 1).contiguous() for x in (embed, action, is_first, uniform))
     floats = {"embed": embed, "action": action, "uniform": uniform, "deter": deter, "stoch": stoch}
     statistics = {} if running is None else {"running_mean": running.mean, "running_var": running.var}
+    steps, rows, stochs = uniform.shape
+    size, (units,) = deter.numel(), weights.inp_scale.shape
+    latent, gates = stoch.numel(), 3 * size
+    norm, gates_norm = [(units,)] * 2, [(gates,)] * 2
+    inp, hidden = (units, latent + action.shape[-1]), (units, size + embed.shape[-1])
+    shapes = [inp, *norm, (gates, units + size), *gates_norm, hidden, *norm, (latent, units), (latent,)]
+    check_shapes(
+        "rssm_observe",
+        embed=(embed, (steps, rows, embed.shape[-1])),
+        action=(action, (steps, rows, action.shape[-1])),
+        is_first=(first, (steps, rows)),
+        **{name: (weight, shape) for name, weight, shape in zip(Weights._fields, weights, shapes, strict=True)},
+        **{name: (statistic, (units,)) for name, statistic in statistics.items()},
+    )
     check("rssm_observe", floats | weights._asdict() | statistics, {"is_first": first})
     first = torch.cat([torch.ones_like(first[:1]), first[1:]])
     mean, var, momentum, batch_eps = (None, None, 0.0, eps) if running is None else running

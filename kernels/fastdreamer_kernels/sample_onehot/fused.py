@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import place, read, softmax, softmax_backward, unimix, write
-from fastdreamer_kernels.launch import check, launch_rows, tile
+from fastdreamer_kernels.launch import check, check_shapes, launch_rows, tile
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -99,4 +99,5 @@ def sample_onehot(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
     Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
     """
     check("sample_onehot", {"logits": logits, "uniform": uniform})
+    check_shapes("sample_onehot", uniform=(uniform, logits.shape[:-1]))
     return forward(logits, uniform, unimix)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import expm1, place, read, softmax, write
-from fastdreamer_kernels.launch import cdiv, check, launch_rows, tile
+from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch_rows, tile
 
 
 @triton.jit
@@ -130,6 +130,8 @@ def mean_backward_kernel(
 
 def _launch(kernel: Any, logits: Tensor, *others: Tensor, low: float, high: float, halves: bool = False) -> None:
     bins = logits.shape[-1]
+    if bins < 2:
+        raise ValueError(f"a two-hot code needs at least 2 bins, and the logits have {bins}.")
     rows, t = logits.numel() // bins, tile(cdiv(bins, 2) if halves else bins, elements=1024, per_thread=8)
     launch_rows(kernel, t, logits, *others, rows=rows, columns=bins, LOW=low, HIGH=high)
 
@@ -207,6 +209,7 @@ def twohot_loss(logits: Tensor, target: Tensor, low: float, high: float) -> Tens
     Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
     """
     check("twohot_loss", {"logits": logits, "target": target})
+    check_shapes("twohot_loss", target=(target, logits.shape[:-1]))
     return loss_forward(logits, target, low, high)
 
 
