@@ -50,13 +50,9 @@ class Optimizer:
 
         Parameters it does not reach count as having a gradient of zero: those it never reaches stay.
         """
-        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
-            reached = [(own, grad) for own, grad in zip(self._grads, grads, strict=True) if grad is not None]
-            torch._foreach_copy_(*zip(*reached, strict=True))  # pyright: ignore
-            for own, grad in zip(self._grads, grads, strict=True):
-                if grad is None:
-                    own.zero_()
+            torch._foreach_copy_(self._grads, grads)  # pyright: ignore
         return self.ops.adam_step(
             self.param,
             self.grad,

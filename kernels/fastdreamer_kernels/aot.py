@@ -74,8 +74,7 @@ def variants(chosen: Iterable[Case]) -> list[Variant]:
 
     found: dict[Variant, None] = {}
     for case in chosen:
-        module = f"fastdreamer_kernels.{ops.FOLDERS.get(case.operation, case.operation)}.fused"
-        operation = cases.adapted(case.operation, getattr(importlib.import_module(module), case.operation))
+        operation = cases.adapted(case.operation, ops.implementation(case.operation, "fused"))
         for dtype in DTYPES:
             inputs = case.smaller().inputs(dtype)
             with recording() as launches:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastdreamer_kernels.gather_sequences.reference import Steps
+from fastdreamer_kernels.ops import implementation
 from fastdreamer_kernels.rssm_observe.reference import Running, Weights
 
 Inputs = dict[str, Any]
@@ -300,9 +300,7 @@ class Case:
 
     def traffic(self, dtype: torch.dtype) -> tuple[int, int]:
         """Bytes that forward and backward move at least: everything they need read once, every result written once."""
-        folder = {"twohot_loss": "twohot", "twohot_mean": "twohot"}.get(self.operation, self.operation)
-        function = getattr(import_module(f"fastdreamer_kernels.{folder}.reference"), self.operation)
-        reference = adapted(self.operation, function)
+        reference = adapted(self.operation, implementation(self.operation, "reference"))
         inputs = self.inputs(dtype, "meta")
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         results = reference(**inputs)

@@ -6,7 +6,7 @@ Loaded operations are handed to constructors; nothing is chosen by a global, so 
 import importlib
 import importlib.util
 import os
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -122,6 +122,12 @@ FOLDERS = {"twohot_loss": "twohot", "twohot_mean": "twohot"}
 """Where an operation's folder has another name."""
 
 
+def implementation(operation: str, choice: Literal["reference", "fused"]) -> Any:
+    """One implementation of one operation."""
+    folder = FOLDERS.get(operation, operation)
+    return getattr(importlib.import_module(f"fastdreamer_kernels.{folder}.{choice}"), operation)
+
+
 class Unavailable(Exception):
     """The fused operations cannot run here. The message is one sentence that says why."""
 
@@ -153,10 +159,7 @@ def load(choice: Choice, device: torch.device | str | None = None) -> Ops:
     if choice == "auto":
         choice = why(device)[0]
 
-    def implementation(name: str) -> object:
-        return getattr(importlib.import_module(f"fastdreamer_kernels.{FOLDERS.get(name, name)}.{choice}"), name)
-
-    return Ops(*(implementation(name) for name in Ops._fields))  # pyright: ignore[reportArgumentType]
+    return Ops(*(implementation(name, choice) for name in Ops._fields))
 
 
 def why(device: torch.device | str | None = None) -> tuple[Literal["reference", "fused"], str]:
