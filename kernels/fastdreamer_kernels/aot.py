@@ -23,9 +23,8 @@ from torch import Tensor
 
 from fastdreamer_kernels import cases
 from fastdreamer_kernels.cases import Case
+from fastdreamer_kernels.machine import TARGETS
 
-ARCHITECTURES = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
-"""Shared memory that one program can have, in KiB (CUDA C++ programming guide, table of compute capabilities)."""
 DTYPES = (torch.bfloat16, torch.float32)
 POINTERS = {
     torch.float32: "*fp32",
@@ -46,6 +45,7 @@ class Variant(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
     num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,12 @@ class Usage:
     def fault(self) -> str | None:
         if self.spills:
             return f"spills {self.spills} bytes"
-        limit = ARCHITECTURES[self.arch] * 1024
+        limit = TARGETS[self.arch].shared
         return f"wants {self.shared} of {limit} bytes of shared memory" if self.shared > limit else None
 
 
-def variants(chosen: Iterable[Case]) -> list[Variant]:
-    """Every compilation that the cases, forward and backward, in fp32 and bf16, would ask for."""
+def variants(chosen: Iterable[Case], arch: str) -> list[Variant]:
+    """Every compilation that the cases, forward and backward, in fp32 and bf16, would ask for on an architecture."""
     from fastdreamer_kernels import ops
     from fastdreamer_kernels.launch import recording
 
@@ -77,7 +77,7 @@ def variants(chosen: Iterable[Case]) -> list[Variant]:
         operation = cases.adapted(case.operation, ops.implementation(case.operation, "fused"))
         for dtype in DTYPES:
             inputs = case.smaller().inputs(dtype)
-            with recording() as launches:
+            with recording(TARGETS[arch]) as launches:
                 leaves = [inputs[name].requires_grad_() for name in cases.LEARNED.get(case.operation, ())]
                 result = operation(**inputs)
                 outs = [out for out in ([result] if isinstance(result, Tensor) else result) if out is not None]
@@ -110,6 +110,7 @@ def _variant(entry: Any) -> Variant:
         tuple(constants),
         tuple(aligned),
         entry.num_warps,
+        entry.num_stages,
     )
 
 
@@ -127,7 +128,8 @@ def compile_variant(variant: Variant, arch: str) -> Usage:
         attrs={(i,): [["tt.divisibility", 16]] for i in variant.aligned},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": variant.num_warps, "enable_fp_fusion": True})
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    compiled = triton.compile(source, target=target, options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -166,7 +168,7 @@ HEADER = f"{'arch':7}{'kernel':38}{'dtypes':10}{'tile':26}{'warps':>5}{'regs':>6
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastdreamer_kernels.aot", description=__doc__)
-    parser.add_argument("--arch", nargs="+", choices=[*ARCHITECTURES], default=[*ARCHITECTURES])
+    parser.add_argument("--arch", nargs="+", choices=[*TARGETS], default=[*TARGETS])
     parser.add_argument("--size", nargs="+", choices=[*cases.SIZES], default=[*cases.SIZES], help="presets")
     parser.add_argument("--operation", nargs="+", choices=[*cases.MAKERS], default=[*cases.MAKERS])
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
@@ -178,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: Triton is not installed: pip install triton (Linux).", file=sys.stderr)
         return 2
     chosen = [case for size in options.size for case in cases.preset(size) if case.operation in options.operation]
-    jobs = [(variant, arch) for variant in variants(chosen) for arch in options.arch]
+    jobs = [(variant, arch) for arch in options.arch for variant in variants(chosen, arch)]
     print(HEADER, flush=True)
     faults = 0
     with ProcessPoolExecutor(max(1, options.jobs)) as pool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,8 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run in Triton's interpreter, on CPU tensors. Read when a kernel's module is imported, never later."""
+from fastdreamer_kernels.machine import INTERPRETED, TARGETS, Target, cdiv
 
 MAX_COLUMNS = 16384
 """The widest row that one program holds."""
@@ -26,37 +24,49 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     num_warps: int
+    num_stages: int
     constants: dict[str, Any]
 
 
-_records: list[list[Launch]] = []
+_records: list[tuple[list[Launch], Target]] = []
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Launches inside are noted and not run, so that what they would compile can be compiled for another machine.
+def recording(target: Target = TARGETS["sm_90"]) -> Iterator[list[Launch]]:
+    """Launches inside are noted and not run, as they would be on `target`, so that they can be compiled for it.
 
     Tensors that a kernel would have written stay as they were allocated.
     """
-    launches: list[Launch] = []
-    _records.append(launches)
+    entry: tuple[list[Launch], Target] = ([], target)
+    _records.append(entry)
     try:
-        yield launches
+        yield entry[0]
     finally:
-        _records.remove(launches)
+        _records.pop()
 
 
-def launch(kernel: Any, grid: Sequence[int], *args: Any, num_warps: int, **constants: Any) -> None:
-    """Starts `kernel` on the device of its first tensor."""
+def launch(
+    kernel: Any,
+    grid: Sequence[int],
+    *args: Any,
+    num_warps: int,
+    num_stages: int = 3,
+    together: bool = False,
+    **constants: Any,
+) -> None:
+    """Starts `kernel` on the device of its first tensor.
+
+    `together`: all programs run at the same time, so that they can wait for each other. The driver starts none before
+    there is room for all, whatever other streams do, and refuses a grid that could never have it.
+    """
     if _records:
-        _records[-1].append(Launch(kernel, tuple(grid), args, num_warps, constants))
+        _records[-1][0].append(Launch(kernel, tuple(grid), args, num_warps, num_stages, constants))
         return
+    options = {"launch_cooperative_grid": True} if together and not INTERPRETED else {}
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
-        kernel[tuple(grid)](*args, num_warps=num_warps, enable_fp_fusion=True, **constants)
-
-
-def cdiv(a: int, b: int) -> int:
-    return -(-a // b)
+        kernel[tuple(grid)](
+            *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **options, **constants
+        )
 
 
 class Tile(NamedTuple):
@@ -86,8 +96,16 @@ def tile(columns: int, *, elements: int, per_thread: int) -> Tile:
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _target(device: torch.device) -> Target:
+    properties = torch.cuda.get_device_properties(device)
+    return Target(properties.multi_processor_count, properties.shared_memory_per_block_optin)
+
+
+def target(device: torch.device) -> Target:
+    """The machine that launches go to; one processor without shared memory, where the interpreter runs them."""
+    if _records:
+        return _records[-1][1]
+    return _target(device) if device.type == "cuda" else Target(1, 0)
 
 
 def programs(device: torch.device, work: int) -> int:
@@ -95,7 +113,7 @@ def programs(device: torch.device, work: int) -> int:
 
     Elsewhere than on a GPU there are two, so that the interpreter, too, meets programs with several tiles.
     """
-    return max(1, min(work, 4 * _processors(device) if device.type == "cuda" else 2))
+    return max(1, min(work, 4 * _target(device).processors if device.type == "cuda" else 2))
 
 
 def launch_rows(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastdreamer_kernels.batch_norm_act.reference import update_running
 from fastdreamer_kernels.blocks import place, read, silu, silu_slope, sum_rows, write
-from fastdreamer_kernels.launch import Tile, cdiv, check, check_shapes, launch, launch_rows, programs, tile
+from fastdreamer_kernels.launch import Tile, check, check_shapes, launch, launch_rows, programs, tile
+from fastdreamer_kernels.machine import cdiv
 
 FEW_ROWS = 256
 """Up to here a program holds all rows of its columns."""

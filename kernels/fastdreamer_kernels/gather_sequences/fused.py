@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastdreamer_kernels.blocks import write
 from fastdreamer_kernels.gather_sequences.reference import Steps, take
-from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch
+from fastdreamer_kernels.launch import check, check_shapes, launch
+from fastdreamer_kernels.machine import cdiv
 
 
 @triton.jit

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import place, read, sum_rows, tanh, write
-from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch, launch_rows, programs, tile
+from fastdreamer_kernels.launch import check, check_shapes, launch, launch_rows, programs, tile
+from fastdreamer_kernels.machine import cdiv
 
 MOST_SUMMED = 2048
 """The largest D whose six sums over rows fit into a program's registers beside the rows themselves."""

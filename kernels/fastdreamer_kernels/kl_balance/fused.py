@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastdreamer_kernels.blocks import place, read, softmax, softmax_backward, unimix, write
 from fastdreamer_kernels.kl_balance.reference import KL
-from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch, tile
+from fastdreamer_kernels.launch import check, check_shapes, launch, tile
+from fastdreamer_kernels.machine import cdiv
 
 
 @triton.jit

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import read, write
-from fastdreamer_kernels.launch import MAX_COLUMNS, cdiv, check, check_shapes, launch
+from fastdreamer_kernels.launch import MAX_COLUMNS, check, check_shapes, launch
+from fastdreamer_kernels.machine import cdiv
 
 
 @triton.jit

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import normalise, place, read, silu, silu_slope, sum_rows, write
-from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch_rows, programs, tile
+from fastdreamer_kernels.launch import check, check_shapes, launch_rows, programs, tile
+from fastdreamer_kernels.machine import cdiv
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -1,27 +1,344 @@
-"""The posterior along sequences as one operator each way, its loop a few launches a step.
+"""The posterior along sequences as one operator each way.
 
 What is not sequential leaves the loop: the products with images and actions before it, the gradients of all weights
-after it. Inside remain four products, two norms, the gates and the draw, and backward the same in reverse. This is the
-form that runs everywhere; one kernel for the whole sequence is to replace it where it fits.
+after it. What is left are the phases of `phases.py`, step after step: in one kernel whose programs wait for each other
+between phases, or in a kernel for each; `plan.py` says which.
 """
+
+# pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# Triton's language, which type checkers read as Python.
 
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.batch_norm_act import fused as batch_norm
-from fastdreamer_kernels.gru_gates import fused as gru
-from fastdreamer_kernels.launch import check, check_shapes
+from fastdreamer_kernels.blocks import normalise, place, read, write
+from fastdreamer_kernels.launch import check, check_shapes, launch, launch_rows, target, tile
 from fastdreamer_kernels.layer_norm_act import fused as layer_norm
+from fastdreamer_kernels.machine import cdiv
+from fastdreamer_kernels.rssm_observe.phases import (
+    BATCH,
+    LAYER,
+    RUNNING,
+    classes_of,
+    draw_backward_phase,
+    draw_phase,
+    gates_backward_phase,
+    gates_phase,
+    hidden_backward_phase,
+    hidden_phase,
+    input_phase,
+    meet,
+    state_backward_phase,
+    state_phase,
+    weight,
+)
+from fastdreamer_kernels.rssm_observe.plan import Plan, Sizes, plan
 from fastdreamer_kernels.rssm_observe.reference import Observed, Running, Weights
-from fastdreamer_kernels.sample_onehot import fused as sampling
+
+FREE = ["begin", "end", "offset", "programs", "steps"]
+"""Integers that no kernel is compiled for."""
+
+
+@triton.jit(do_not_specialize=FREE)
+def forward_kernel(
+    z_in_ptr, h_in_ptr, pre_inp_ptr, inp_parts_ptr, pre_gates_ptr, gates_parts_ptr, deters_ptr, pre_hidden_ptr,
+    hidden_parts_ptr, q_ptr, means_ptr, vars_ptr, logits_ptr, stochs_ptr, first_ptr, uniform_ptr, initial_ptr,
+    start_ptr, inp_ptr, inp_scale_ptr, inp_shift_ptr, gates_ptr, gates_scale_ptr, gates_shift_ptr, hidden_ptr,
+    hidden_scale_ptr, hidden_shift_ptr, out_ptr, bias_ptr, counter_ptr, begin, end, offset, programs, steps,
+    B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr, BATCH_EPS: tl.constexpr, UNIMIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CATEGORICALS: tl.constexpr, CLASSES: tl.constexpr, LATENT_CHUNK: tl.constexpr, UNITS_CHUNK: tl.constexpr,
+    DETER_CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """Steps `begin` to `end`, phase PHASE of them, or with 0 all five. Tensors are (T, B, ...), `first` and what a step
+    starts from one step longer; `offset` is added to the program's number, `programs` is how many there are."""
+    LATENT: tl.constexpr = S * K
+    UNIT_TILES: tl.constexpr = (U + COLUMNS - 1) // COLUMNS
+    DETER_TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    DRAW_TILES: tl.constexpr = (S + CATEGORICALS - 1) // CATEGORICALS
+    program = tl.program_id(0) + offset
+    u_reset, h_reset = gates_ptr, gates_ptr + U
+    u_cand, h_cand = gates_ptr + D * (U + D), gates_ptr + D * (U + D) + U
+    u_update, h_update = gates_ptr + 2 * D * (U + D), gates_ptr + 2 * D * (U + D) + U
+    inp, hidden, out = inp_ptr, hidden_ptr, out_ptr
+    if RESIDENT:
+        column = program * COLUMNS + tl.arange(0, COLUMNS)
+        from_z, from_u, from_h = tl.arange(0, LATENT_CHUNK), tl.arange(0, UNITS_CHUNK), tl.arange(0, DETER_CHUNK)
+        inp = weight(inp, LATENT, column, column < U, from_z, LATENT, False)
+        u_reset = weight(u_reset, U + D, column, column < D, from_u, U, False)
+        u_cand = weight(u_cand, U + D, column, column < D, from_u, U, False)
+        u_update = weight(u_update, U + D, column, column < D, from_u, U, False)
+        h_reset = weight(h_reset, U + D, column, column < D, from_h, D, False)
+        h_cand = weight(h_cand, U + D, column, column < D, from_h, D, False)
+        h_update = weight(h_update, U + D, column, column < D, from_h, D, False)
+        hidden = weight(hidden, D, column, column < U, from_h, D, False)
+        column, there = classes_of(program, S, K, CATEGORICALS, CLASSES)
+        out = weight(out, U, column, there, from_u, U, False)
+    met = 0
+    for step in range(begin, end):
+        t = tl.cast(step, tl.int64)
+        pre_inp = pre_inp_ptr + t * B * U
+        inp_parts = inp_parts_ptr + t * (2 * UNIT_TILES * B)
+        pre_gates = pre_gates_ptr + t * (3 * D * B)
+        gates_parts = gates_parts_ptr + t * (2 * DETER_TILES * B)
+        pre_hidden = pre_hidden_ptr + t * B * U
+        hidden_parts = hidden_parts_ptr + t * (2 * UNIT_TILES * B)
+        if PHASE == 0 or PHASE == 1:
+            for at in range(program, UNIT_TILES, programs):
+                input_phase(
+                    at, z_in_ptr + t * B * LATENT, inp, pre_inp, inp_parts,
+                    B, U, LATENT, ROWS, COLUMNS, LATENT_CHUNK, RESIDENT, PRECISION,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+        if PHASE == 0 or PHASE == 2:
+            for at in range(program, DETER_TILES, programs):
+                gates_phase(
+                    at, pre_inp, inp_parts, inp_scale_ptr, inp_shift_ptr, h_in_ptr + t * B * D, u_reset, u_cand,
+                    u_update, h_reset, h_cand, h_update, pre_gates, gates_parts,
+                    B, U, D, EPS, ROWS, COLUMNS, UNITS_CHUNK, DETER_CHUNK, RESIDENT, PRECISION,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+        if PHASE == 0 or PHASE == 3:
+            for at in range(program, DETER_TILES, programs):
+                state_phase(
+                    at, pre_gates, gates_parts, gates_scale_ptr, gates_shift_ptr, first_ptr + t * B, initial_ptr,
+                    deters_ptr + (t - 1) * B * D, deters_ptr + t * B * D, first_ptr + (t + 1) * B,
+                    h_in_ptr + (t + 1) * B * D,
+                    B, D, EPS, ROWS, COLUMNS,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+        if PHASE == 0 or PHASE == 4:
+            for at in range(program, UNIT_TILES, programs):
+                hidden_phase(
+                    at, deters_ptr + t * B * D, hidden, pre_hidden, hidden_parts, hidden_scale_ptr, hidden_shift_ptr,
+                    means_ptr + t * U, vars_ptr + t * U, q_ptr + t * B * U,
+                    B, U, D, NORM, BATCH_EPS, ROWS, COLUMNS, DETER_CHUNK, RESIDENT, PRECISION,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+        if PHASE == 0 or PHASE == 5:
+            for at in range(program, DRAW_TILES, programs):
+                draw_phase(
+                    at, pre_hidden, hidden_parts, hidden_scale_ptr, hidden_shift_ptr, q_ptr + t * B * U, out, bias_ptr,
+                    uniform_ptr + t * B * S, start_ptr, logits_ptr + t * B * LATENT, stochs_ptr + t * B * LATENT,
+                    first_ptr + (t + 1) * B, z_in_ptr + (t + 1) * B * LATENT,
+                    B, U, S, K, NORM, EPS, UNIMIX, ROWS, COLUMNS, CATEGORICALS, CLASSES, UNITS_CHUNK, RESIDENT,
+                    PRECISION,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+
+
+@triton.jit(do_not_specialize=FREE)
+def backward_kernel(
+    dinp_ptr, inp_parts_ptr, inp_mean_ptr, inp_rstd_ptr, inp_sums_ptr, inp_projected_ptr, dout_ptr, logits_ptr,
+    dstochs_ptr, dlogits_ptr, dhidden_ptr, hidden_parts_ptr, hidden_mean_ptr, hidden_spread_ptr, hidden_sums_ptr,
+    hidden_projected_ptr, dhidden_scales_ptr, pre_hidden_ptr, hidden_scale_ptr, hidden_shift_ptr, ddeters_ptr,
+    carry_ptr, deters_ptr, first_ptr, initial_ptr, pre_gates_ptr, gates_mean_ptr, gates_rstd_ptr, gates_scale_ptr,
+    gates_shift_ptr, dgates_ptr, gates_parts_ptr, dgates_scales_ptr, gates_sums_ptr, gates_projected_ptr, pre_inp_ptr,
+    inp_scale_ptr, inp_shift_ptr, dinp_scales_ptr, dinitial_ptr, inp_ptr, out_ptr, hidden_ptr, gates_ptr, counter_ptr,
+    begin, end, offset, programs, steps,
+    B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr, BATCH_EPS: tl.constexpr, UNIMIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CATEGORICALS: tl.constexpr, CLASSES: tl.constexpr, LATENT_CHUNK: tl.constexpr, UNITS_CHUNK: tl.constexpr,
+    DETER_CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr,
+):  # fmt: skip
+    """As `forward_kernel`, four phases, counting steps from the last. Weights are transposed: (inputs, outputs), those
+    of the gates (3, U + D, D)."""
+    LATENT: tl.constexpr = S * K
+    UNIT_TILES: tl.constexpr = (U + COLUMNS - 1) // COLUMNS
+    DETER_TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    DRAW_TILES: tl.constexpr = (S + CATEGORICALS - 1) // CATEGORICALS
+    BOTH_TILES: tl.constexpr = (max(U, D) + COLUMNS - 1) // COLUMNS
+    program = tl.program_id(0) + offset
+    inp, out, hidden = inp_ptr, out_ptr, hidden_ptr
+    u_reset, h_reset = gates_ptr, gates_ptr + U * D
+    u_cand, h_cand = gates_ptr + (U + D) * D, gates_ptr + (U + D) * D + U * D
+    u_update, h_update = gates_ptr + 2 * (U + D) * D, gates_ptr + 2 * (U + D) * D + U * D
+    if RESIDENT:
+        column = program * COLUMNS + tl.arange(0, COLUMNS)
+        from_z, from_u, from_h = tl.arange(0, LATENT_CHUNK), tl.arange(0, UNITS_CHUNK), tl.arange(0, DETER_CHUNK)
+        out = weight(out, LATENT, column, column < U, from_z, LATENT, False)
+        hidden = weight(hidden, U, column, column < D, from_u, U, False)
+        u_reset = weight(u_reset, D, column, column < U, from_h, D, False)
+        u_cand = weight(u_cand, D, column, column < U, from_h, D, False)
+        u_update = weight(u_update, D, column, column < U, from_h, D, False)
+        h_reset = weight(h_reset, D, column, column < D, from_h, D, False)
+        h_cand = weight(h_cand, D, column, column < D, from_h, D, False)
+        h_update = weight(h_update, D, column, column < D, from_h, D, False)
+        column, there = classes_of(program, S, K, CATEGORICALS, CLASSES)
+        inp = weight(inp, U, column, there, from_u, U, False)
+    met = 0
+    for back in range(begin, end):
+        t = tl.cast(steps - 1 - back, tl.int64)
+        # Nothing comes from beyond the last step: there every row is marked as a first one, and nothing read counts.
+        after = tl.minimum(t + 1, steps - 1)
+        dinp = dinp_ptr + t * B * U
+        inp_parts = inp_parts_ptr + t * (2 * UNIT_TILES * B)
+        dhidden = dhidden_ptr + t * B * U
+        hidden_parts = hidden_parts_ptr + t * (2 * UNIT_TILES * B)
+        dgates = dgates_ptr + t * (3 * D * B)
+        gates_parts = gates_parts_ptr + t * (2 * DETER_TILES * B)
+        dlogits = dlogits_ptr + t * B * LATENT
+        if PHASE == 0 or PHASE == 1:
+            for at in range(program, DRAW_TILES, programs):
+                draw_backward_phase(
+                    at, dinp_ptr + after * B * U, inp_parts_ptr + after * (2 * UNIT_TILES * B),
+                    inp_rstd_ptr + after * B, inp_sums_ptr, inp_projected_ptr + after * B * LATENT,
+                    first_ptr + (t + 1) * B, inp, logits_ptr + t * B * LATENT, dstochs_ptr + t * B * LATENT,
+                    dout_ptr + t * B * LATENT, dlogits,
+                    B, U, S, K, UNIMIX, ROWS, COLUMNS, CATEGORICALS, CLASSES, UNITS_CHUNK, RESIDENT, PRECISION,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+        if PHASE == 0 or PHASE == 2:
+            SPREAD: tl.constexpr = B if NORM == LAYER else U
+            for at in range(program, UNIT_TILES, programs):
+                hidden_backward_phase(
+                    at, dlogits, out, pre_hidden_ptr + t * B * U, hidden_scale_ptr, hidden_shift_ptr,
+                    hidden_mean_ptr + t * SPREAD, hidden_spread_ptr + t * SPREAD, dhidden, hidden_parts,
+                    dhidden_scales_ptr,
+                    B, U, LATENT, NORM, BATCH_EPS, ROWS, COLUMNS, LATENT_CHUNK, RESIDENT, PRECISION,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+        if PHASE == 0 or PHASE == 3:
+            for at in range(program, DETER_TILES, programs):
+                state_backward_phase(
+                    at, dhidden, hidden_parts, hidden_spread_ptr + t * B, hidden_sums_ptr,
+                    hidden_projected_ptr + t * B * D, hidden, ddeters_ptr + t * B * D, carry_ptr, first_ptr + t * B,
+                    initial_ptr, deters_ptr + (t - 1) * B * D, pre_gates_ptr + t * (3 * D * B),
+                    gates_mean_ptr + t * B, gates_rstd_ptr + t * B, gates_scale_ptr, gates_shift_ptr, dgates,
+                    gates_parts, dgates_scales_ptr,
+                    B, U, D, NORM, ROWS, COLUMNS, UNITS_CHUNK, RESIDENT, PRECISION,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+        if PHASE == 0 or PHASE == 4:
+            for at in range(program, BOTH_TILES, programs):
+                gates_backward_phase(
+                    at, dgates, gates_parts, gates_rstd_ptr + t * B, gates_sums_ptr,
+                    gates_projected_ptr + t * ((U + D) * B), u_reset, u_cand, u_update, h_reset, h_cand, h_update,
+                    pre_inp_ptr + t * B * U, inp_mean_ptr + t * B, inp_rstd_ptr + t * B, inp_scale_ptr, inp_shift_ptr,
+                    dinp, inp_parts, dinp_scales_ptr, first_ptr + t * B, carry_ptr, dinitial_ptr,
+                    B, U, D, ROWS, COLUMNS, DETER_CHUNK, RESIDENT, PRECISION,
+                )  # fmt: skip
+        if PHASE == 0:
+            met += programs
+            meet(counter_ptr, met)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def normal_kernel(
+    x_ptr, out_ptr, mean_ptr, rstd_ptr, rows, columns, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Rows less their mean and over their deviation, with the mean and 1 / deviation of each."""
+    row, _, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
+    x = read(x_ptr, at, inside)
+    normal, rstd = normalise(x, inside, columns, EPS)
+    write(out_ptr, at, normal, inside)
+    tl.store(mean_ptr + row, tl.sum(x, 1) / columns, mask=row < rows)
+    tl.store(rstd_ptr + row, rstd, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def norm_backward_kernel(
+    x_ptr, mean_ptr, rstd_ptr, sums_ptr, dnormal_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """A LayerNorm's input gradient, in the place of its normal output's; sums (2, rows) are those of its columns."""
+    row, _, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
+    rstd = read(rstd_ptr, row, row < rows)[:, None]
+    normal = (read(x_ptr, at, inside) - read(mean_ptr, row, row < rows)[:, None]) * rstd
+    shift = (read(sums_ptr, row, row < rows) / columns)[:, None]
+    slope = (read(sums_ptr + rows, row, row < rows) / columns)[:, None]
+    write(dnormal_ptr, at, (read(dnormal_ptr, at, inside) - shift - normal * slope) * rstd, inside)
+
+
+class Norm:
+    """A LayerNorm of all steps, as its backward pass wants it: the statistics, and its input times the next weight."""
+
+    def __init__(self, pre: Tensor, weight: Tensor, eps: float):
+        """`pre` (T, B, C) and the weight (C, inputs) of the product before the norm."""
+        self.pre, self.rows = pre, pre.shape[0] * pre.shape[1]
+        self.normal = torch.empty_like(pre)
+        self.mean, self.rstd = (pre.new_empty(self.rows, dtype=torch.float32) for _ in range(2))
+        self.tile = tile(pre.shape[-1], elements=4096, per_thread=8)
+        launch_rows(
+            normal_kernel, self.tile, pre, self.normal, self.mean, self.rstd, rows=self.rows, columns=pre.shape[-1],
+            EPS=eps,
+        )  # fmt: skip
+        self.sums = weight.sum(0, dtype=torch.float32)
+        self.projected = self.normal.flatten(0, 1) @ weight
+
+    def finish(self, dnormal: Tensor, parts: Tensor) -> None:
+        """Turns the normal output's gradient (T, B, C) into that of `pre`, from each tile's sums (T, tiles, 2, B)."""
+        sums = parts.sum(1).transpose(0, 1).contiguous()
+        launch_rows(
+            norm_backward_kernel, self.tile, self.pre, self.mean, self.rstd, sums, dnormal, rows=self.rows,
+            columns=self.pre.shape[-1],
+        )  # fmt: skip
+
+
+def _run(
+    kernel: Any, p: Plan, s: Sizes, tiles: tuple[int, ...], steps: int, tensors: list[Tensor], norm: int, eps: float,
+    batch_eps: float, unimix: float,
+) -> None:  # fmt: skip
+    """All steps of a kernel: at once, or phase after phase with as many programs as each has tiles."""
+    counter = torch.zeros(1, dtype=torch.int32, device=tensors[0].device)
+    exact = tensors[0].dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    constants = {
+        "B": s.rows, "U": s.units, "D": s.deter, "S": s.stoch, "K": s.classes, "NORM": norm, "EPS": eps,
+        "BATCH_EPS": batch_eps, "UNIMIX": unimix, "ROWS": p.rows, "COLUMNS": p.columns, "CATEGORICALS": p.categoricals,
+        "CLASSES": p.classes, "LATENT_CHUNK": p.latent_chunk, "UNITS_CHUNK": p.units_chunk,
+        "DETER_CHUNK": p.deter_chunk, "RESIDENT": p.form == "resident", "PRECISION": "ieee" if exact else "tf32",
+    }  # fmt: skip
+    if p.form != "phases":
+        launch(
+            kernel, (p.programs,), *tensors, counter, 0, steps, 0, p.programs, steps, num_warps=p.warps, num_stages=1,
+            together=True, **constants, PHASE=0,
+        )  # fmt: skip
+        return
+    for t in range(steps):
+        for phase, count in enumerate(tiles, 1):
+            launch(
+                kernel, (count,), *tensors, counter, t, t + 1, 0, count, steps, num_warps=p.warps, **constants,
+                PHASE=phase,
+            )  # fmt: skip
+
+
+def _sizes(w: Weights, rows: int, deter: Tensor, stoch: Tensor, dtype: torch.dtype) -> Sizes:
+    return Sizes(rows, w.inp_scale.numel(), deter.numel(), *stoch.shape, dtype.itemsize)
+
+
+def _tiles(p: Plan, s: Sizes) -> tuple[int, int, int]:
+    """How many tiles products with U, D and S*K outputs have."""
+    return cdiv(s.units, p.columns), cdiv(s.deter, p.columns), cdiv(s.stoch, p.categoricals)
 
 
 def _before(first: Tensor, initial: Tensor, states: Tensor) -> Tensor:
     """The state (T, B, ...) that each step starts from: the initial one where `first` (T, B), else that before."""
     shifted = torch.cat([initial.expand(1, *states.shape[1:]), states[:-1]])
     return torch.where(first.view(*first.shape, *[1] * initial.ndim), initial, shifted)
+
+
+def _ended(first: Tensor) -> Tensor:
+    """`first` (T, B) with a step behind the last that begins everywhere anew."""
+    return torch.cat([first, torch.ones_like(first[:1])])
 
 
 def _masked(x: Tensor, first: Tensor) -> Tensor:
@@ -43,41 +360,46 @@ def forward(
     batch_eps: float,
     eps: float,
     unimix: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Time first: deter (T, B, D), stoch and logits (T, B, S*K); pre-activations of input, gates and hidden layer; and
-    each step's statistics (T, U), empty without BatchNorm."""
-    w, dtype = Weights(*weights), embed.dtype
-    steps, rows, units, latent = *embed.shape[:2], w.inp_scale.numel(), stoch.numel()
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Time first: deter (T, B, D), stoch and logits (T, B, S*K); pre-activations of input, gates and hidden layer; with
+    BatchNorm each step's statistics (T, U) and the hidden layer's output (T, B, U), empty without."""
+    w, dtype, steps, rows = Weights(*weights), embed.dtype, *embed.shape[:2]
+    s = _sizes(w, rows, deter, stoch, dtype)
+    p = plan(s, target(embed.device))
+    unit_tiles, deter_tiles, draw_tiles = _tiles(p, s)
+    latent, norm = s.stoch * s.classes, _norm(mean, batch_stats)
     with torch.autocast(embed.device.type, enabled=False):
         inp, gates, hidden, out = (x.to(dtype) for x in (w.inp, w.gates, w.hidden, w.out))
-        from_z, from_h = inp[:, :latent].t(), hidden[:, : deter.numel()].t()
         pre_inp = _masked(action.to(dtype), first) @ inp[:, latent:].t()
-        pre_hidden = embed @ hidden[:, deter.numel() :].t()
-        pre_gates = embed.new_empty(steps, rows, gates.shape[0])
-        deters, stochs = deter.new_empty(steps, rows, deter.numel()), embed.new_empty(steps, rows, latent)
+        pre_hidden = embed @ hidden[:, s.deter :].t()
+        pre_gates = embed.new_empty(steps, rows, 3 * s.deter)
+        deters, stochs = deter.new_empty(steps, rows, s.deter), embed.new_empty(steps, rows, latent)
         logits = torch.empty_like(stochs)
-        means, vars = (embed.new_empty(0 if mean is None else steps, units, dtype=torch.float32) for _ in range(2))
-        bias, start = w.out_bias.to(dtype), stoch.to(dtype).flatten()
-        h, z = deter.expand(rows, -1), start.expand(rows, -1)
-        for t in range(steps):
-            fresh = first[t].unsqueeze(-1)
-            h, z = torch.where(fresh, deter, h), torch.where(fresh, start, z)
-            pre_inp[t].addmm_(z, from_z)
-            u = layer_norm.forward(pre_inp[t], w.inp_scale, w.inp_shift, eps)
-            torch.mm(torch.cat([u, h.to(dtype)], -1), gates.t(), out=pre_gates[t])
-            h = gru.forward(pre_gates[t], h, w.gates_scale, w.gates_shift, eps)
-            pre_hidden[t].addmm_(h.to(dtype), from_h)
-            if mean is None or var is None:
-                q = layer_norm.forward(pre_hidden[t], w.hidden_scale, w.hidden_shift, eps)
-            elif batch_stats:
-                q, means[t], vars[t] = batch_norm.forward(pre_hidden[t], w.hidden_scale, w.hidden_shift, batch_eps)
-            else:
-                means[t], vars[t] = mean, var
-                q = batch_norm.apply(pre_hidden[t], w.hidden_scale, w.hidden_shift, mean, var, batch_eps)
-            torch.addmm(bias, q, out.t(), out=logits[t])
-            z = sampling.forward(logits[t].view(rows, *stoch.shape), uniform[t], unimix).view(rows, latent)
-            deters[t], stochs[t] = h, z
-    return deters, stochs, logits, pre_inp, pre_gates, pre_hidden, means, vars
+        q = embed.new_empty(0 if mean is None else steps, rows, s.units)
+        means, vars = (embed.new_empty(0 if mean is None else steps, s.units, dtype=torch.float32) for _ in range(2))
+        if mean is not None and var is not None and not batch_stats:
+            means.copy_(mean.expand_as(means))
+            vars.copy_(var.expand_as(vars))
+        start = stoch.to(dtype).flatten()
+        z_in, h_in = embed.new_empty(steps + 1, rows, latent), embed.new_empty(steps + 1, rows, s.deter)
+        z_in[0], h_in[0] = start, deter.to(dtype)
+        inp_parts, gates_parts, hidden_parts = (
+            embed.new_empty(steps, count, 2, rows, dtype=torch.float32)
+            for count in (unit_tiles, deter_tiles, unit_tiles if norm == LAYER else 0)
+        )
+        tensors = [
+            z_in, h_in, pre_inp, inp_parts, pre_gates, gates_parts, deters, pre_hidden, hidden_parts, q, means, vars,
+            logits, stochs, _ended(first), uniform, deter, start, inp[:, :latent].contiguous(), w.inp_scale,
+            w.inp_shift, gates, w.gates_scale, w.gates_shift, hidden[:, : s.deter].contiguous(), w.hidden_scale,
+            w.hidden_shift, out, w.out_bias.to(dtype),
+        ]  # fmt: skip
+        tiles = (unit_tiles, deter_tiles, deter_tiles, unit_tiles, draw_tiles)
+        _run(forward_kernel, p, s, tiles, steps, tensors, norm, eps, batch_eps, unimix)
+    return deters, stochs, logits, pre_inp, pre_gates, pre_hidden, means, vars, q
+
+
+def _norm(mean: Tensor | None, batch_stats: bool) -> int:
+    return (LAYER if mean is None else BATCH if batch_stats else RUNNING).value
 
 
 @forward.register_fake
@@ -95,14 +417,15 @@ def _(
     batch_eps: float,
     eps: float,
     unimix: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     w = Weights(*weights)
     steps, rows, units, latent = *embed.shape[:2], w.inp_scale.numel(), stoch.numel()
     pre_inp, pre_hidden = (embed.new_empty(steps, rows, units) for _ in range(2))
     stochs, logits = (embed.new_empty(steps, rows, latent) for _ in range(2))
     means, vars = (embed.new_empty(0 if mean is None else steps, units, dtype=torch.float32) for _ in range(2))
     deters, pre_gates = deter.new_empty(steps, rows, deter.numel()), embed.new_empty(steps, rows, w.gates.shape[0])
-    return deters, stochs, logits, pre_inp, pre_gates, pre_hidden, means, vars
+    q = embed.new_empty(0 if mean is None else steps, rows, units)
+    return deters, stochs, logits, pre_inp, pre_gates, pre_hidden, means, vars, q
 
 
 @torch.library.custom_op("fastdreamer::rssm_observe_backward", mutates_args=())
@@ -123,72 +446,76 @@ def backward(
     unimix: float,
 ) -> list[Tensor]:
     """Gradients of embed, of the initial deter (D) and of each of the weights."""
-    w, dtype = Weights(*weights), embed.dtype
-    deters, stochs, logits, pre_inp, pre_gates, pre_hidden, means, vars = saved
-    steps, rows, units, latent = *embed.shape[:2], w.inp_scale.numel(), stoch.numel()
+    w, dtype, steps, rows = Weights(*weights), embed.dtype, *embed.shape[:2]
+    deters, stochs, logits, pre_inp, pre_gates, pre_hidden, means, vars, q = saved
+    s = _sizes(w, rows, deter, stoch, dtype)
+    p = plan(s, target(embed.device))
+    unit_tiles, deter_tiles, draw_tiles = _tiles(p, s)
+    latent, norm = s.stoch * s.classes, _norm(means if means.numel() else None, batch_stats)
     with torch.autocast(embed.device.type, enabled=False):
         inp, gates, hidden, out = (x.to(dtype) for x in (w.inp, w.gates, w.hidden, w.out))
-        h_before, z_before = _before(first, deter, deters), _before(first, stoch.to(dtype).flatten(), stochs)
-        dpre_inp, dpre_gates, dpre_hidden = (torch.empty_like(x) for x in (pre_inp, pre_gates, pre_hidden))
-        dlogits = dlogits.clone()
-        dscales = [torch.zeros(2, x.numel(), device=embed.device) for x in (w.inp_scale, w.gates_scale, w.hidden_scale)]
-        ddeter = torch.zeros_like(deter)
-        dh, dz = torch.zeros_like(deters[0]), torch.zeros_like(stochs[0])
-        for t in reversed(range(steps)):
-            shape = rows, *stoch.shape
-            drawn = (dstochs[t] + dz).view(shape)
-            dlogits[t] += sampling.backward(logits[t].view(shape), drawn, unimix).view(rows, latent)
-            dq = dlogits[t] @ out
-            if not means.numel():
-                dpre_hidden[t], sums = layer_norm.backward(pre_hidden[t], w.hidden_scale, w.hidden_shift, dq, eps)
-            else:
-                dpre_hidden[t], sums = batch_norm.backward(
-                    pre_hidden[t], w.hidden_scale, w.hidden_shift, means[t], vars[t], dq, batch_eps, batch_stats
-                )
-            dscales[2] += sums
-            dh = ddeters[t] + dh + dpre_hidden[t] @ hidden[:, : deter.numel()]
-            dpre_gates[t], dpast, sums = gru.backward(
-                pre_gates[t], h_before[t], w.gates_scale, w.gates_shift, dh.to(deter.dtype), eps
-            )
-            dscales[1] += sums
-            du, dpast_too = (dpre_gates[t] @ gates).split([units, deter.numel()], -1)
-            dpre_inp[t], sums = layer_norm.backward(pre_inp[t], w.inp_scale, w.inp_shift, du.contiguous(), eps)
-            dscales[0] += sums
-            dh, dz = dpast + dpast_too, dpre_inp[t] @ inp[:, :latent]
-            # What a reset cut off goes to the initial state.
-            ddeter += dh.masked_fill(~first[t].unsqueeze(-1), 0).sum(0)
-            dh, dz = _masked(dh, first[t]), _masked(dz, first[t])
-        u = layer_norm.forward(pre_inp, w.inp_scale, w.inp_shift, eps)
-        if not means.numel():
+        inp_z, hidden_h = inp[:, :latent].contiguous(), hidden[:, : s.deter].contiguous()
+        inp_norm, gates_norm = Norm(pre_inp, inp_z, eps), Norm(pre_gates, gates, eps)
+        hidden_norm = Norm(pre_hidden, hidden_h, eps) if norm == LAYER else None
+        dpre_inp, dpre_gates, dpre_hidden, own_dlogits = map(torch.empty_like, (pre_inp, pre_gates, pre_hidden, logits))
+        inp_parts, gates_parts, hidden_parts = (
+            embed.new_empty(steps, count, 2, rows, dtype=torch.float32)
+            for count in (unit_tiles, deter_tiles, unit_tiles if norm == LAYER else 0)
+        )
+        dscales = [
+            torch.zeros(2, x.numel(), dtype=torch.float32, device=embed.device)
+            for x in (w.inp_scale, w.gates_scale, w.hidden_scale)
+        ]
+        carry, dinitial = (
+            torch.zeros(*n, dtype=torch.float32, device=embed.device) for n in ((rows, s.deter), (s.deter,))
+        )
+        mean, spread, sums, projected = means, vars, means, q
+        if hidden_norm is not None:
+            mean, spread = hidden_norm.mean, hidden_norm.rstd
+            sums, projected = hidden_norm.sums, hidden_norm.projected
+        tensors = [
+            dpre_inp, inp_parts, inp_norm.mean, inp_norm.rstd, inp_norm.sums, inp_norm.projected, dlogits, logits,
+            dstochs, own_dlogits, dpre_hidden, hidden_parts, mean, spread, sums, projected, dscales[2], pre_hidden,
+            w.hidden_scale, w.hidden_shift, ddeters, carry, deters, _ended(first), deter, pre_gates, gates_norm.mean,
+            gates_norm.rstd, w.gates_scale, w.gates_shift, dpre_gates, gates_parts, dscales[1], gates_norm.sums,
+            gates_norm.projected, pre_inp, w.inp_scale, w.inp_shift, dscales[0], dinitial, inp_z.t().contiguous(),
+            out.t().contiguous(), hidden_h.t().contiguous(),
+            gates.view(3, s.deter, -1).transpose(1, 2).contiguous(),
+        ]  # fmt: skip
+        tiles = (draw_tiles, unit_tiles, deter_tiles, max(unit_tiles, deter_tiles))
+        _run(backward_kernel, p, s, tiles, steps, tensors, norm, eps, batch_eps, unimix)
+        inp_norm.finish(dpre_inp, inp_parts)
+        gates_norm.finish(dpre_gates, gates_parts)
+        if hidden_norm is not None:
+            hidden_norm.finish(dpre_hidden, hidden_parts)
             q = layer_norm.forward(pre_hidden, w.hidden_scale, w.hidden_shift, eps)
-        else:
-            q = torch.stack(
-                [
-                    batch_norm.apply(pre_hidden[t], w.hidden_scale, w.hidden_shift, means[t], vars[t], batch_eps)
-                    for t in range(steps)
-                ]
-            )
-        dembed = dpre_hidden @ hidden[:, deter.numel() :]
+        u = layer_norm.forward(pre_inp, w.inp_scale, w.inp_shift, eps)
+        h_before, z_before = _before(first, deter, deters), _before(first, stoch.to(dtype).flatten(), stochs)
+        dembed = dpre_hidden @ hidden[:, s.deter :]
 
-        def weight(grad: Tensor, *inputs: Tensor) -> Tensor:
+        def weight_of(grad: Tensor, *inputs: Tensor) -> Tensor:
             # (T*B, outputs)^T (T*B, inputs)
             return grad.flatten(0, 1).t() @ torch.cat([x.to(dtype) for x in inputs], -1).flatten(0, 1)
 
         grads = Weights(
-            weight(dpre_inp, z_before, _masked(action.to(dtype), first)),
+            weight_of(dpre_inp, z_before, _masked(action.to(dtype), first)),
             dscales[0][0],
             dscales[0][1],
-            weight(dpre_gates, u, h_before),
+            weight_of(dpre_gates, u, h_before),
             dscales[1][0],
             dscales[1][1],
-            weight(dpre_hidden, deters, embed),
+            weight_of(dpre_hidden, deters, embed),
             dscales[2][0],
             dscales[2][1],
-            weight(dlogits, q),
-            dlogits.float().sum((0, 1)),
+            weight_of(own_dlogits, q),
+            own_dlogits.float().sum((0, 1)),
         )
     # An operator's results may not share memory, as the halves of a sum do.
-    return [dembed, ddeter, *(grad.to(own.dtype, copy=True) for grad, own in zip(grads, w, strict=True))]
+    return [
+        dembed,
+        dinitial.to(deter.dtype),
+        *(grad.to(own.dtype, copy=True) for grad, own in zip(grads, w, strict=True)),
+    ]
 
 
 @backward.register_fake

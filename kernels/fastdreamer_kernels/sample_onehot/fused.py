@@ -11,6 +11,18 @@ from fastdreamer_kernels.blocks import place, read, softmax, softmax_backward, u
 from fastdreamer_kernels.launch import check, check_shapes, launch_rows, tile
 
 
+@triton.jit
+def draw(logits, uniform, inside, classes, UNIMIX: tl.constexpr):
+    """One-hot rows (ROWS, COLUMNS), drawn at `uniform` (ROWS)."""
+    probs = unimix(softmax(logits, inside), inside, classes, UNIMIX)
+    below = inside & (tl.cumsum(probs, 1) <= uniform[:, None])
+    # Rounding can leave the last sum a hair under 1, hence under the uniform.
+    drawn = tl.minimum(tl.sum(below.to(tl.int32), 1), classes - 1)
+    onehot = tl.where(tl.arange(0, logits.shape[1])[None, :] == drawn[:, None], 1.0, 0.0)
+    # The difference is zero, but where probabilities are not numbers: then neither is the sample.
+    return onehot + (probs - probs)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     logits_ptr,
@@ -22,16 +34,10 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    row, column, at, inside = place(tl.program_id(0) * ROWS, rows, classes, ROWS, COLUMNS)
+    row, _, at, inside = place(tl.program_id(0) * ROWS, rows, classes, ROWS, COLUMNS)
     logits = read(logits_ptr, at, inside)
     uniform = read(uniform_ptr, row, row < rows)
-    probs = unimix(softmax(logits, inside), inside, classes, UNIMIX)
-    below = inside & (tl.cumsum(probs, 1) <= uniform[:, None])
-    # Rounding can leave the last sum a hair under 1, hence under the uniform.
-    drawn = tl.minimum(tl.sum(below.to(tl.int32), 1), classes - 1)
-    onehot = tl.where(column[None, :] == drawn[:, None], 1.0, 0.0)
-    # The difference is zero, but where probabilities are not numbers: then neither is the sample.
-    write(out_ptr, at, onehot + (probs - probs), inside)
+    write(out_ptr, at, draw(logits, uniform, inside, classes, UNIMIX), inside)
 
 
 @triton.jit(do_not_specialize=["rows"])

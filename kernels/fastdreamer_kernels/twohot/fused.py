@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.blocks import expm1, place, read, softmax, write
-from fastdreamer_kernels.launch import cdiv, check, check_shapes, launch_rows, tile
+from fastdreamer_kernels.launch import check, check_shapes, launch_rows, tile
+from fastdreamer_kernels.machine import cdiv
 
 
 @triton.jit

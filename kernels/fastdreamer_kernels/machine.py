@@ -1,0 +1,26 @@
+"""What a machine has, as far as launches depend on it. Needs no Triton."""
+
+import os
+from typing import NamedTuple
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run in Triton's interpreter, on CPU tensors. Read when a kernel's module is imported, never later."""
+
+
+class Target(NamedTuple):
+    """What launchers ask of a machine: its processors, and the shared memory that one program can have, in bytes."""
+
+    processors: int
+    shared: int
+
+
+TARGETS = {
+    "sm_80": Target(108, 163 * 1024),
+    "sm_90": Target(132, 227 * 1024),
+    "sm_100": Target(148, 227 * 1024),
+}
+"""An A100, an H100 and a B200 (CUDA C++ programming guide, table of compute capabilities)."""
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)

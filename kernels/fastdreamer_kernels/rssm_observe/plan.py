@@ -1,0 +1,98 @@
+"""Which form of the posterior sequence serves which sizes on which architecture: a rule, and no exception to it.
+
+resident   one kernel for all steps, and each program keeps its tiles of the weights in shared memory
+streaming  the same kernel, each program reading its tiles anew in every step, out of the second-level cache
+phases     a kernel for each phase of each step: runs everywhere, and is what weights beyond that cache want, for it
+           may start more programs than the processors hold at once
+"""
+
+from typing import NamedTuple
+
+from fastdreamer_kernels.machine import INTERPRETED, Target, cdiv
+
+COLUMNS = 16
+"""Columns of a tile: the narrowest that matrix instructions take, so that few of them fill many processors."""
+MOST_STREAMED = 40 * 2**20
+"""Bytes of weights that stay in the second-level cache of every architecture (an A100's is the smallest)."""
+SPARE = 4 * 2**10
+"""Shared memory that reductions across warps want beside the tiles."""
+
+
+class Sizes(NamedTuple):
+    rows: int  # B
+    units: int  # U
+    deter: int  # D
+    stoch: int  # S
+    classes: int  # K
+    itemsize: int
+    """Bytes of a number of the products' dtype."""
+
+
+class Plan(NamedTuple):
+    """How one direction is launched. Chunks are how many inputs of a product are read at a time."""
+
+    form: str
+    rows: int
+    columns: int
+    categoricals: int
+    classes: int
+    latent_chunk: int
+    units_chunk: int
+    deter_chunk: int
+    warps: int
+    programs: int
+    """Of the kernel for all steps; each of its phases goes over its tiles with that stride."""
+
+
+def power(number: int) -> int:
+    """The smallest power of two from `number` up."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def shared_bytes(s: Sizes) -> int:
+    """What the resident form keeps in shared memory: tiles of all weights, and one product's input."""
+    latent, units, deter = (power(max(size, 16)) for size in (s.stoch * s.classes, s.units, s.deter))
+    drawn = max(power(s.classes), COLUMNS) * units
+    forward = COLUMNS * (latent + 3 * (units + deter) + deter) + drawn
+    backward = COLUMNS * (latent + units + 6 * deter) + drawn
+    operand = max(16, s.rows) * max(latent, units, deter)
+    return (max(forward, backward) + operand) * s.itemsize + SPARE
+
+
+def plan(s: Sizes, target: Target) -> Plan:
+    """The form for these sizes on that machine. See `describe` for the rule in words."""
+    classes = power(s.classes)
+    columns = 128 if INTERPRETED else COLUMNS
+    categoricals = cdiv(columns, classes) if INTERPRETED else max(1, COLUMNS // classes)
+    rows = min(64, max(16, power(s.rows)))
+    tiles = max(cdiv(s.units, columns), cdiv(s.deter, columns), cdiv(s.stoch, categoricals))
+    latent, units, deter = (power(max(size, 16)) for size in (s.stoch * s.classes, s.units, s.deter))
+    weights = s.units * latent * 2 + 3 * s.deter * (s.units + s.deter) + s.units * s.deter
+    if s.rows <= 16 and tiles <= target.processors and shared_bytes(s) <= target.shared:
+        return Plan("resident", rows, columns, categoricals, classes, latent, units, deter, 8, tiles)
+    # The interpreter runs programs one after another: they would wait for each other for ever.
+    form = "streaming" if weights * s.itemsize <= MOST_STREAMED and not INTERPRETED else "phases"
+    most = 1024 if INTERPRETED else 4096 // rows * 2 // s.itemsize
+    chunks = (min(size, most) for size in (latent, units, deter))
+    return Plan(form, rows, columns, categoricals, classes, *chunks, 4, min(tiles, max(target.processors, 1)))
+
+
+def describe(targets: dict[str, Target], presets: dict[str, Sizes]) -> str:
+    """The rule, and what it comes to at every preset."""
+    lines = [
+        "rssm_observe: which form runs",
+        "  resident   up to 16 rows, a program for every tile, and all tiles of the weights in shared memory",
+        f"  streaming  other sizes whose weights take at most {MOST_STREAMED >> 20} MB",
+        "  phases     all others",
+        f"  {'size':6}{'rows':>5}  " + "".join(f"{name:22}" for name in targets),
+    ]
+    for name, sizes in presets.items():
+        for rows in (16, 64):
+            lines.append(
+                f"  {name:6}{rows:5}  "
+                + "".join(
+                    f"{' / '.join(plan(sizes._replace(rows=rows, itemsize=i), target).form for i in (2, 4)):22}"
+                    for target in targets.values()
+                ).rstrip()
+            )
+    return "\n".join([*lines, "  (bfloat16 / float32)"])
