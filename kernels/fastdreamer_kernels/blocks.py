@@ -6,6 +6,10 @@
 import triton
 import triton.language as tl
 
+from fastdreamer_kernels.machine import INTERPRETED
+
+CUTS = tl.constexpr(INTERPRETED)
+
 
 @triton.jit
 def place(start, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
@@ -24,9 +28,19 @@ def read(ptr, at, inside):
 
 
 @triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """fp32 values in another dtype, rounded to the nearest. The interpreter by itself would cut them off."""
+    if CUTS and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, nearest, x)
+    return x.to(DTYPE)
+
+
+@triton.jit
 def write(ptr, at, value, inside):
     """Stores in the dtype of the tensor."""
-    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=inside)
+    tl.store(ptr + at, narrow(value, ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

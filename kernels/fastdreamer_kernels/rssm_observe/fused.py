@@ -597,7 +597,7 @@ def rssm_observe(
     check("rssm_observe", floats | weights._asdict() | statistics, {"is_first": first})
     first = torch.cat([torch.ones_like(first[:1]), first[1:]])
     mean, var, momentum, batch_eps = (None, None, 0.0, eps) if running is None else running
-    deters, stochs, logits, *_, means, vars = forward(
+    deters, stochs, logits, *_, means, vars, _ = forward(
         embed, action, first, uniform, deter, stoch, list(weights), mean, var, batch_stats, batch_eps, eps, unimix
     )
     if batch_stats and running is not None:

@@ -14,9 +14,9 @@ A weight is a pointer to a matrix (outputs, inputs), or with RESIDENT the tile o
 import triton
 import triton.language as tl
 
-from fastdreamer_kernels.blocks import read, silu, silu_slope, softmax, softmax_backward, sum_rows, tanh, write
+from fastdreamer_kernels.blocks import narrow, read, silu, silu_slope, softmax, softmax_backward, sum_rows, tanh, write
 from fastdreamer_kernels.gru_gates.fused import gate_gradients
-from fastdreamer_kernels.launch import INTERPRETED
+from fastdreamer_kernels.machine import INTERPRETED
 from fastdreamer_kernels.sample_onehot.fused import draw
 
 LAYER, BATCH, RUNNING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -67,13 +67,14 @@ def activated(x_ptr, row, rows, at, mean, rstd, scale_ptr, shift_ptr, SIZE: tl.c
     x = operand(x_ptr, SIZE, row, rows, at, SIZE).to(tl.float32)
     scale, shift = read(scale_ptr, at, at < SIZE), read(shift_ptr, at, at < SIZE)
     out = silu((x - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :])
-    return out.to(x_ptr.dtype.element_ty)
+    return narrow(out, x_ptr.dtype.element_ty)
 
 
 @triton.jit
 def product(total, x, w, PRECISION: tl.constexpr):
     """total + x (ROWS, CHUNK) w (COLUMNS, CHUNK)^T."""
-    x = x.to(w.dtype)
+    if x.dtype != w.dtype:
+        x = narrow(x, w.dtype)
     if WIDEN:
         return total + tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)))
     else:
@@ -96,7 +97,7 @@ def linear(
 @triton.jit
 def rounded(x, ptr):
     """float32 values as the tensor at `ptr` would hold them."""
-    return x.to(ptr.dtype.element_ty).to(tl.float32)
+    return narrow(x, ptr.dtype.element_ty).to(tl.float32)
 
 
 # A norm over columns that several programs hold: each writes its tile's sums, who needs them puts them together.

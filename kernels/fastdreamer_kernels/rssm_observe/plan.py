@@ -70,11 +70,10 @@ def plan(s: Sizes, target: Target) -> Plan:
     weights = s.units * latent * 2 + 3 * s.deter * (s.units + s.deter) + s.units * s.deter
     if s.rows <= 16 and tiles <= target.processors and shared_bytes(s) <= target.shared:
         return Plan("resident", rows, columns, categoricals, classes, latent, units, deter, 8, tiles)
-    # The interpreter runs programs one after another: they would wait for each other for ever.
-    form = "streaming" if weights * s.itemsize <= MOST_STREAMED and not INTERPRETED else "phases"
+    form = "streaming" if weights * s.itemsize <= MOST_STREAMED else "phases"
     most = 1024 if INTERPRETED else 4096 // rows * 2 // s.itemsize
     chunks = (min(size, most) for size in (latent, units, deter))
-    return Plan(form, rows, columns, categoricals, classes, *chunks, 4, min(tiles, max(target.processors, 1)))
+    return Plan(form, rows, columns, categoricals, classes, *chunks, 4, min(tiles, target.processors))
 
 
 def describe(targets: dict[str, Target], presets: dict[str, Sizes]) -> str:
@@ -88,11 +87,9 @@ def describe(targets: dict[str, Target], presets: dict[str, Sizes]) -> str:
     ]
     for name, sizes in presets.items():
         for rows in (16, 64):
-            lines.append(
-                f"  {name:6}{rows:5}  "
-                + "".join(
-                    f"{' / '.join(plan(sizes._replace(rows=rows, itemsize=i), target).form for i in (2, 4)):22}"
-                    for target in targets.values()
-                ).rstrip()
-            )
+            cells = [
+                " / ".join(plan(sizes._replace(rows=rows, itemsize=i), target).form for i in (2, 4))
+                for target in targets.values()
+            ]
+            lines += [f"  {name:6}{rows:5}  {''.join(f'{cell:22}' for cell in cells)}".rstrip()]
     return "\n".join([*lines, "  (bfloat16 / float32)"])
