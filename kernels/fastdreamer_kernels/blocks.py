@@ -30,7 +30,7 @@ def read(ptr, at, inside):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """fp32 values in another dtype, rounded to the nearest. The interpreter by itself would cut them off."""
-    if CUTS and DTYPE == tl.bfloat16:
+    if CUTS and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, nearest, x)

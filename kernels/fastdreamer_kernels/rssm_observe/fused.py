@@ -31,6 +31,7 @@ from fastdreamer_kernels.rssm_observe.phases import (
     hidden_backward_phase,
     hidden_phase,
     input_phase,
+    inputs,
     meet,
     state_backward_phase,
     state_phase,
@@ -52,7 +53,8 @@ def forward_kernel(
     B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
     EPS: tl.constexpr, BATCH_EPS: tl.constexpr, UNIMIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CATEGORICALS: tl.constexpr, CLASSES: tl.constexpr, LATENT_CHUNK: tl.constexpr, UNITS_CHUNK: tl.constexpr,
-    DETER_CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr,
+    DETER_CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    PHASE: tl.constexpr,
 ):  # fmt: skip
     """Steps `begin` to `end`, phase PHASE of them, or with 0 all five. Tensors are (T, B, ...), `first` and what a step
     starts from one step longer; `offset` is added to the program's number, `programs` is how many there are."""
@@ -67,7 +69,8 @@ def forward_kernel(
     inp, hidden, out = inp_ptr, hidden_ptr, out_ptr
     if RESIDENT:
         column = program * COLUMNS + tl.arange(0, COLUMNS)
-        from_z, from_u, from_h = tl.arange(0, LATENT_CHUNK), tl.arange(0, UNITS_CHUNK), tl.arange(0, DETER_CHUNK)
+        from_z, from_u = inputs(0, LATENT_CHUNK, SPLIT), inputs(0, UNITS_CHUNK, SPLIT)
+        from_h = inputs(0, DETER_CHUNK, SPLIT)
         inp = weight(inp, LATENT, column, column < U, from_z, LATENT, False)
         u_reset = weight(u_reset, U + D, column, column < D, from_u, U, False)
         u_cand = weight(u_cand, U + D, column, column < D, from_u, U, False)
@@ -91,7 +94,7 @@ def forward_kernel(
             for at in range(program, UNIT_TILES, programs):
                 input_phase(
                     at, z_in_ptr + t * B * LATENT, inp, pre_inp, inp_parts,
-                    B, U, LATENT, ROWS, COLUMNS, LATENT_CHUNK, RESIDENT, PRECISION,
+                    B, U, LATENT, ROWS, COLUMNS, LATENT_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -101,7 +104,7 @@ def forward_kernel(
                 gates_phase(
                     at, pre_inp, inp_parts, inp_scale_ptr, inp_shift_ptr, h_in_ptr + t * B * D, u_reset, u_cand,
                     u_update, h_reset, h_cand, h_update, pre_gates, gates_parts,
-                    B, U, D, EPS, ROWS, COLUMNS, UNITS_CHUNK, DETER_CHUNK, RESIDENT, PRECISION,
+                    B, U, D, EPS, ROWS, COLUMNS, UNITS_CHUNK, DETER_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -122,7 +125,7 @@ def forward_kernel(
                 hidden_phase(
                     at, deters_ptr + t * B * D, hidden, pre_hidden, hidden_parts, hidden_scale_ptr, hidden_shift_ptr,
                     means_ptr + t * U, vars_ptr + t * U, q_ptr + t * B * U,
-                    B, U, D, NORM, BATCH_EPS, ROWS, COLUMNS, DETER_CHUNK, RESIDENT, PRECISION,
+                    B, U, D, NORM, BATCH_EPS, ROWS, COLUMNS, DETER_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -133,7 +136,7 @@ def forward_kernel(
                     at, pre_hidden, hidden_parts, hidden_scale_ptr, hidden_shift_ptr, q_ptr + t * B * U, out, bias_ptr,
                     uniform_ptr + t * B * S, start_ptr, logits_ptr + t * B * LATENT, stochs_ptr + t * B * LATENT,
                     first_ptr + (t + 1) * B, z_in_ptr + (t + 1) * B * LATENT,
-                    B, U, S, K, NORM, EPS, UNIMIX, ROWS, COLUMNS, CATEGORICALS, CLASSES, UNITS_CHUNK, RESIDENT,
+                    B, U, S, K, NORM, EPS, UNIMIX, ROWS, COLUMNS, CATEGORICALS, CLASSES, UNITS_CHUNK, SPLIT, RESIDENT,
                     PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
@@ -153,7 +156,8 @@ def backward_kernel(
     B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, S: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr,
     EPS: tl.constexpr, BATCH_EPS: tl.constexpr, UNIMIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CATEGORICALS: tl.constexpr, CLASSES: tl.constexpr, LATENT_CHUNK: tl.constexpr, UNITS_CHUNK: tl.constexpr,
-    DETER_CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr, PHASE: tl.constexpr,
+    DETER_CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    PHASE: tl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel`, four phases, counting steps from the last. Weights are transposed: (inputs, outputs), those
     of the gates (3, U + D, D)."""
@@ -169,7 +173,8 @@ def backward_kernel(
     u_update, h_update = gates_ptr + 2 * (U + D) * D, gates_ptr + 2 * (U + D) * D + U * D
     if RESIDENT:
         column = program * COLUMNS + tl.arange(0, COLUMNS)
-        from_z, from_u, from_h = tl.arange(0, LATENT_CHUNK), tl.arange(0, UNITS_CHUNK), tl.arange(0, DETER_CHUNK)
+        from_z, from_u = inputs(0, LATENT_CHUNK, SPLIT), inputs(0, UNITS_CHUNK, SPLIT)
+        from_h = inputs(0, DETER_CHUNK, SPLIT)
         out = weight(out, LATENT, column, column < U, from_z, LATENT, False)
         hidden = weight(hidden, U, column, column < D, from_u, U, False)
         u_reset = weight(u_reset, D, column, column < U, from_h, D, False)
@@ -199,7 +204,7 @@ def backward_kernel(
                     inp_rstd_ptr + after * B, inp_sums_ptr, inp_projected_ptr + after * B * LATENT,
                     first_ptr + (t + 1) * B, inp, logits_ptr + t * B * LATENT, dstochs_ptr + t * B * LATENT,
                     dout_ptr + t * B * LATENT, dlogits,
-                    B, U, S, K, UNIMIX, ROWS, COLUMNS, CATEGORICALS, CLASSES, UNITS_CHUNK, RESIDENT, PRECISION,
+                    B, U, S, K, UNIMIX, ROWS, COLUMNS, CATEGORICALS, CLASSES, UNITS_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -211,7 +216,7 @@ def backward_kernel(
                     at, dlogits, out, pre_hidden_ptr + t * B * U, hidden_scale_ptr, hidden_shift_ptr,
                     hidden_mean_ptr + t * SPREAD, hidden_spread_ptr + t * SPREAD, dhidden, hidden_parts,
                     dhidden_scales_ptr,
-                    B, U, LATENT, NORM, BATCH_EPS, ROWS, COLUMNS, LATENT_CHUNK, RESIDENT, PRECISION,
+                    B, U, LATENT, NORM, BATCH_EPS, ROWS, COLUMNS, LATENT_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -224,7 +229,7 @@ def backward_kernel(
                     initial_ptr, deters_ptr + (t - 1) * B * D, pre_gates_ptr + t * (3 * D * B),
                     gates_mean_ptr + t * B, gates_rstd_ptr + t * B, gates_scale_ptr, gates_shift_ptr, dgates,
                     gates_parts, dgates_scales_ptr,
-                    B, U, D, NORM, ROWS, COLUMNS, UNITS_CHUNK, RESIDENT, PRECISION,
+                    B, U, D, NORM, ROWS, COLUMNS, UNITS_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -236,7 +241,7 @@ def backward_kernel(
                     gates_projected_ptr + t * ((U + D) * B), u_reset, u_cand, u_update, h_reset, h_cand, h_update,
                     pre_inp_ptr + t * B * U, inp_mean_ptr + t * B, inp_rstd_ptr + t * B, inp_scale_ptr, inp_shift_ptr,
                     dinp, inp_parts, dinp_scales_ptr, first_ptr + t * B, carry_ptr, dinitial_ptr,
-                    B, U, D, ROWS, COLUMNS, DETER_CHUNK, RESIDENT, PRECISION,
+                    B, U, D, ROWS, COLUMNS, DETER_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -305,7 +310,8 @@ def _run(
         "B": s.rows, "U": s.units, "D": s.deter, "S": s.stoch, "K": s.classes, "NORM": norm, "EPS": eps,
         "BATCH_EPS": batch_eps, "UNIMIX": unimix, "ROWS": p.rows, "COLUMNS": p.columns, "CATEGORICALS": p.categoricals,
         "CLASSES": p.classes, "LATENT_CHUNK": p.latent_chunk, "UNITS_CHUNK": p.units_chunk,
-        "DETER_CHUNK": p.deter_chunk, "RESIDENT": p.form == "resident", "PRECISION": "ieee" if exact else "tf32",
+        "DETER_CHUNK": p.deter_chunk, "SPLIT": p.split, "RESIDENT": p.form == "resident",
+        "PRECISION": "tf32x3" if exact else "tf32",
     }  # fmt: skip
     if p.form != "phases":
         launch(

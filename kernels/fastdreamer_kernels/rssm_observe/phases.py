@@ -45,20 +45,34 @@ def meet(counter_ptr, target):
 
 
 @triton.jit
+def inputs(start, CHUNK: tl.constexpr, SPLIT: tl.constexpr):
+    """The inputs of a product from `start` on, a share for each warp: (SPLIT, CHUNK / SPLIT)."""
+    SHARE: tl.constexpr = CHUNK // SPLIT
+    return start + tl.arange(0, SPLIT)[:, None] * SHARE + tl.arange(0, SHARE)[None, :]
+
+
+@triton.jit
 def weight(w, stride, column, there, at, SIZE: tl.constexpr, RESIDENT: tl.constexpr):
-    """Columns `at` of rows `column` of a weight: (COLUMNS, CHUNK)."""
+    """Inputs `at` of outputs `column` of a weight: (SPLIT, COLUMNS, SHARE)."""
     if RESIDENT:
         return w
     else:
-        inside = there[:, None] & (at < SIZE)[None, :]
-        return tl.load(w + column[:, None] * stride + at[None, :], mask=inside, other=0.0)
+        inside = there[None, :, None]
+        # Masks take registers, and most products need none.
+        if SIZE % (at.shape[0] * at.shape[1]) != 0:
+            inside = inside & (at < SIZE)[:, None, :]
+        return tl.load(w + column[None, :, None] * stride + at[:, None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def operand(x_ptr, stride, row, rows, at, SIZE: tl.constexpr):
-    """Columns `at` of rows `row` (ROWS, CHUNK). Other programs wrote them, so they come past this processor's cache."""
-    inside = (row < rows)[:, None] & (at < SIZE)[None, :]
-    return tl.load(x_ptr + row[:, None] * stride + at[None, :], mask=inside, other=0.0, cache_modifier=".cg")
+    """Inputs `at` of rows `row` (SPLIT, ROWS, SHARE). Others wrote them, so they come past this processor's cache."""
+    inside = (row < rows)[None, :, None]
+    if SIZE % (at.shape[0] * at.shape[1]) != 0:
+        inside = inside & (at < SIZE)[:, None, :]
+    return tl.load(
+        x_ptr + row[None, :, None] * stride + at[:, None, :], mask=inside, other=0.0, cache_modifier=".cg"
+    )  # fmt: skip
 
 
 @triton.jit
@@ -66,32 +80,33 @@ def activated(x_ptr, row, rows, at, mean, rstd, scale_ptr, shift_ptr, SIZE: tl.c
     """As `operand`, through LayerNorm and SiLU."""
     x = operand(x_ptr, SIZE, row, rows, at, SIZE).to(tl.float32)
     scale, shift = read(scale_ptr, at, at < SIZE), read(shift_ptr, at, at < SIZE)
-    out = silu((x - mean[:, None]) * rstd[:, None] * scale[None, :] + shift[None, :])
+    out = silu((x - mean[None, :, None]) * rstd[None, :, None] * scale[:, None, :] + shift[:, None, :])
     return narrow(out, x_ptr.dtype.element_ty)
 
 
 @triton.jit
 def product(total, x, w, PRECISION: tl.constexpr):
-    """total + x (ROWS, CHUNK) w (COLUMNS, CHUNK)^T."""
+    """total + x w^T of each warp's share, (SPLIT, ROWS, COLUMNS): so few columns would leave most warps idle."""
     if x.dtype != w.dtype:
         x = narrow(x, w.dtype)
     if WIDEN:
-        return total + tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)))
+        return total + tl.dot(x.to(tl.float32), tl.permute(w.to(tl.float32), (0, 2, 1)))
     else:
-        return tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+        return tl.dot(x, tl.permute(w, (0, 2, 1)), total, input_precision=PRECISION)
 
 
 @triton.jit
 def linear(
-    total, x_ptr, x_stride, row, rows, w, w_stride, column, there, SIZE: tl.constexpr, CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    x_ptr, x_stride, row, rows, w, w_stride, column, there, SIZE: tl.constexpr, CHUNK: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total + x (B, SIZE) w (outputs, SIZE)^T for rows `row` and outputs `column`."""
+    """x (B, SIZE) w (outputs, SIZE)^T for rows `row` and outputs `column`: (ROWS, COLUMNS)."""
+    total = tl.zeros([SPLIT, row.shape[0], column.shape[0]], tl.float32)
     for start in range(0, SIZE, CHUNK):
-        at = start + tl.arange(0, CHUNK)
+        at = inputs(start, CHUNK, SPLIT)
         x = operand(x_ptr, x_stride, row, rows, at, SIZE)
         total = product(total, x, weight(w, w_stride, column, there, at, SIZE, RESIDENT), PRECISION)
-    return total
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -202,7 +217,7 @@ def places_of(
 def input_phase(
     tile, z_ptr, w, pre_ptr, parts_ptr,
     B: tl.constexpr, U: tl.constexpr, LATENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """pre (B, U), which holds the actions' part, += z W_z^T; and its sums for the LayerNorm that follows."""
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -210,9 +225,7 @@ def input_phase(
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         inside, at = (row < B)[:, None] & there[None, :], row[:, None] * U + column[None, :]
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        total = linear(
-            total, z_ptr, LATENT, row, B, w, LATENT, column, there, LATENT, CHUNK, RESIDENT, PRECISION
+        total = linear(z_ptr, LATENT, row, B, w, LATENT, column, there, LATENT, CHUNK, SPLIT, RESIDENT, PRECISION
         )  # fmt: skip
         pre = rounded(total + read(pre_ptr, at, inside), pre_ptr)
         write(pre_ptr, at, pre, inside)
@@ -233,7 +246,8 @@ def gates_phase(
     tile, pre_inp_ptr, inp_parts_ptr, scale_ptr, shift_ptr, h_ptr, u_reset, u_cand, u_update, h_reset, h_cand,
     h_update, pre_ptr, parts_ptr,
     B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    UNITS_CHUNK: tl.constexpr, DETER_CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    UNITS_CHUNK: tl.constexpr, DETER_CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """pre (B, 3D) = [SiLU(LN(pre_inp)), h] W^T, the same columns of each gate; and their sums."""
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -241,23 +255,25 @@ def gates_phase(
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         mean, rstd = statistics(inp_parts_ptr, row, B, U, 1, COLUMNS, EPS)
-        reset = tl.zeros([ROWS, COLUMNS], tl.float32)
-        cand = tl.zeros([ROWS, COLUMNS], tl.float32)
-        update = tl.zeros([ROWS, COLUMNS], tl.float32)
+        reset = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
+        cand = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
+        update = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
         for k in range(0, U, UNITS_CHUNK):
-            at = k + tl.arange(0, UNITS_CHUNK)
+            at = inputs(k, UNITS_CHUNK, SPLIT)
             x = activated(pre_inp_ptr, row, B, at, mean, rstd, scale_ptr, shift_ptr, U)
             reset = product(reset, x, weight(u_reset, U + D, column, there, at, U, RESIDENT), PRECISION)
             cand = product(cand, x, weight(u_cand, U + D, column, there, at, U, RESIDENT), PRECISION)
             update = product(update, x, weight(u_update, U + D, column, there, at, U, RESIDENT), PRECISION)
         for k in range(0, D, DETER_CHUNK):
-            at = k + tl.arange(0, DETER_CHUNK)
+            at = inputs(k, DETER_CHUNK, SPLIT)
             x = operand(h_ptr, D, row, B, at, D)
             reset = product(reset, x, weight(h_reset, U + D, column, there, at, D, RESIDENT), PRECISION)
             cand = product(cand, x, weight(h_cand, U + D, column, there, at, D, RESIDENT), PRECISION)
             update = product(update, x, weight(h_update, U + D, column, there, at, D, RESIDENT), PRECISION)
         inside, at = (row < B)[:, None] & there[None, :], row[:, None] * (3 * D) + column[None, :]
-        reset, cand, update = rounded(reset, pre_ptr), rounded(cand, pre_ptr), rounded(update, pre_ptr)
+        reset = rounded(tl.sum(reset, 0), pre_ptr)
+        cand = rounded(tl.sum(cand, 0), pre_ptr)
+        update = rounded(tl.sum(update, 0), pre_ptr)
         write(pre_ptr, at, reset, inside)
         write(pre_ptr, at + D, cand, inside)
         write(pre_ptr, at + 2 * D, update, inside)
@@ -319,7 +335,7 @@ def state_phase(
 def hidden_phase(
     tile, h_ptr, w, pre_ptr, parts_ptr, scale_ptr, shift_ptr, mean_ptr, var_ptr, q_ptr,
     B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """pre (B, U), which holds the images' part, += h W_h^T. BatchNorm lies within the tile, so q (B, U) is written."""
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -329,8 +345,7 @@ def hidden_phase(
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         inside, at = (row < B)[:, None] & there[None, :], row[:, None] * U + column[None, :]
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        total = linear(total, h_ptr, D, row, B, w, D, column, there, D, CHUNK, RESIDENT, PRECISION)
+        total = linear(h_ptr, D, row, B, w, D, column, there, D, CHUNK, SPLIT, RESIDENT, PRECISION)
         pre = rounded(total + read(pre_ptr, at, inside), pre_ptr)
         write(pre_ptr, at, pre, inside)
         if NORM == LAYER:
@@ -368,21 +383,22 @@ def draw_phase(
     next_first_ptr, next_ptr,
     B: tl.constexpr, U: tl.constexpr, S: tl.constexpr, K: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr,
     UNIMIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CATEGORICALS: tl.constexpr, CLASSES: tl.constexpr,
-    CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """logits (B, S*K) of whole categoricals, z_t drawn from them, and what the next step takes for z_t."""
     column, there = classes_of(tile, S, K, CATEGORICALS, CLASSES)
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
-        total = tl.zeros([ROWS, CATEGORICALS * CLASSES], tl.float32)
         if NORM == LAYER:
             mean, rstd = statistics(parts_ptr, row, B, U, 1, COLUMNS, EPS)
+            shares = tl.zeros([SPLIT, ROWS, CATEGORICALS * CLASSES], tl.float32)
             for k in range(0, U, CHUNK):
-                at = k + tl.arange(0, CHUNK)
+                at = inputs(k, CHUNK, SPLIT)
                 x = activated(pre_ptr, row, B, at, mean, rstd, scale_ptr, shift_ptr, U)
-                total = product(total, x, weight(w, U, column, there, at, U, RESIDENT), PRECISION)
+                shares = product(shares, x, weight(w, U, column, there, at, U, RESIDENT), PRECISION)
+            total = tl.sum(shares, 0)
         else:
-            total = linear(total, q_ptr, U, row, B, w, U, column, there, U, CHUNK, RESIDENT, PRECISION)
+            total = linear(q_ptr, U, row, B, w, U, column, there, U, CHUNK, SPLIT, RESIDENT, PRECISION)
         logits = rounded(total + read(bias_ptr, column, there)[None, :], logits_ptr)
         inside = (row < B)[:, None] & there[None, :]
         write(logits_ptr, row[:, None] * (S * K) + column[None, :], logits, inside)
@@ -406,15 +422,14 @@ def draw_backward_phase(
     dlogits_ptr,
     B: tl.constexpr, U: tl.constexpr, S: tl.constexpr, K: tl.constexpr, UNIMIX: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, CATEGORICALS: tl.constexpr, CLASSES: tl.constexpr, CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dlogits (B, S*K): what arrives for them, and through z_t from outside and from the next step's input."""
     column, there = classes_of(tile, S, K, CATEGORICALS, CLASSES)
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         inside, at = (row < B)[:, None] & there[None, :], row[:, None] * (S * K) + column[None, :]
-        total = tl.zeros([ROWS, CATEGORICALS * CLASSES], tl.float32)
-        total = linear(total, dinp_ptr, U, row, B, w, U, column, there, U, CHUNK, RESIDENT, PRECISION)
+        total = linear(dinp_ptr, U, row, B, w, U, column, there, U, CHUNK, SPLIT, RESIDENT, PRECISION)
         shift, slope = summed(parts_ptr, row, B, U, COLUMNS)
         dz = through_norm(
             total, shift / U, slope / U, read(rstd_ptr, row, row < B), read(sums_ptr, column, there),
@@ -432,7 +447,7 @@ def draw_backward_phase(
 def hidden_backward_phase(
     tile, dlogits_ptr, w, pre_ptr, scale_ptr, shift_ptr, mean_ptr, spread_ptr, dpre_ptr, parts_ptr, dscales_ptr,
     B: tl.constexpr, U: tl.constexpr, LATENT: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dpre (B, U) with BatchNorm; with LayerNorm the scaled gradient of its output, and its sums.
 
@@ -449,9 +464,7 @@ def hidden_backward_phase(
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         inside, at = (row < B)[:, None] & there[None, :], row[:, None] * U + column[None, :]
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        total = linear(
-            total, dlogits_ptr, LATENT, row, B, w, LATENT, column, there, LATENT, CHUNK, RESIDENT, PRECISION
+        total = linear(dlogits_ptr, LATENT, row, B, w, LATENT, column, there, LATENT, CHUNK, SPLIT, RESIDENT, PRECISION
         )  # fmt: skip
         if NORM == LAYER:
             mean, rstd = read(mean_ptr, row, row < B), read(spread_ptr, row, row < B)
@@ -488,7 +501,7 @@ def state_backward_phase(
     tile, dhidden_ptr, parts_ptr, rstd_ptr, sums_ptr, projected_ptr, w, ddeter_ptr, carry_ptr, first_ptr, initial_ptr,
     past_ptr, pre_ptr, gates_mean_ptr, gates_rstd_ptr, scale_ptr, shift_ptr, dgates_ptr, gates_parts_ptr, dscales_ptr,
     B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scaled gradients of the normal gates (B, 3D) and their sums; in `carry` (B, D) what h_{t-1} has directly."""
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -497,8 +510,7 @@ def state_backward_phase(
         row = start + tl.arange(0, ROWS)
         held = row < B
         inside, at = held[:, None] & there[None, :], row[:, None] * D + column[None, :]
-        total = tl.zeros([ROWS, COLUMNS], tl.float32)
-        total = linear(total, dhidden_ptr, U, row, B, w, U, column, there, U, CHUNK, RESIDENT, PRECISION)
+        total = linear(dhidden_ptr, U, row, B, w, U, column, there, U, CHUNK, SPLIT, RESIDENT, PRECISION)
         if NORM == LAYER:
             shift, slope = summed(parts_ptr, row, B, U, COLUMNS)
             total = through_norm(
@@ -541,7 +553,7 @@ def gates_backward_phase(
     h_update, pre_ptr, mean_ptr, inp_rstd_ptr, scale_ptr, shift_ptr, dinp_ptr, inp_parts_ptr, dscales_ptr, first_ptr,
     carry_ptr, dinitial_ptr,
     B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr,
-    RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The scaled gradient of the normal input (B, U) and its sums; and all of dh_{t-1} (B, D) in `carry`.
 
@@ -552,10 +564,10 @@ def gates_backward_phase(
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         held = row < B
-        du = tl.zeros([ROWS, COLUMNS], tl.float32)
-        dh = tl.zeros([ROWS, COLUMNS], tl.float32)
+        du = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
+        dh = tl.zeros([SPLIT, ROWS, COLUMNS], tl.float32)
         for k in range(0, D, CHUNK):
-            at = k + tl.arange(0, CHUNK)
+            at = inputs(k, CHUNK, SPLIT)
             x = operand(dgates_ptr, 3 * D, row, B, at, D)
             du = product(du, x, weight(u_reset, D, column, unit, at, D, RESIDENT), PRECISION)
             dh = product(dh, x, weight(h_reset, D, column, deter, at, D, RESIDENT), PRECISION)
@@ -565,6 +577,7 @@ def gates_backward_phase(
             x = operand(dgates_ptr + 2 * D, 3 * D, row, B, at, D)
             du = product(du, x, weight(u_update, D, column, unit, at, D, RESIDENT), PRECISION)
             dh = product(dh, x, weight(h_update, D, column, deter, at, D, RESIDENT), PRECISION)
+        du, dh = tl.sum(du, 0), tl.sum(dh, 0)
         shift, slope = summed(parts_ptr, row, B, D, COLUMNS)
         shift, slope, rstd = shift / (3 * D), slope / (3 * D), read(rstd_ptr, row, held)
         inside, at = held[:, None] & unit[None, :], row[:, None] * (U + D) + column[None, :]

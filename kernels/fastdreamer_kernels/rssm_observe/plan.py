@@ -14,6 +14,7 @@ COLUMNS = 16
 """Columns of a tile: the narrowest that matrix instructions take, so that few of them fill many processors."""
 MOST_STREAMED = 40 * 2**20
 """Bytes of weights that stay in the second-level cache of every architecture (an A100's is the smallest)."""
+WARPS = 2 if INTERPRETED else 8
 SPARE = 4 * 2**10
 """Shared memory that reductions across warps want beside the tiles."""
 
@@ -39,6 +40,8 @@ class Plan(NamedTuple):
     latent_chunk: int
     units_chunk: int
     deter_chunk: int
+    split: int
+    """Shares that a product's inputs are cut into, one a warp."""
     warps: int
     programs: int
     """Of the kernel for all steps; each of its phases goes over its tiles with that stride."""
@@ -51,7 +54,7 @@ def power(number: int) -> int:
 
 def shared_bytes(s: Sizes) -> int:
     """What the resident form keeps in shared memory: tiles of all weights, and one product's input."""
-    latent, units, deter = (power(max(size, 16)) for size in (s.stoch * s.classes, s.units, s.deter))
+    latent, units, deter = (power(max(size, 16 * WARPS)) for size in (s.stoch * s.classes, s.units, s.deter))
     drawn = max(power(s.classes), COLUMNS) * units
     forward = COLUMNS * (latent + 3 * (units + deter) + deter) + drawn
     backward = COLUMNS * (latent + units + 6 * deter) + drawn
@@ -66,14 +69,14 @@ def plan(s: Sizes, target: Target) -> Plan:
     categoricals = cdiv(columns, classes) if INTERPRETED else max(1, COLUMNS // classes)
     rows = min(64, max(16, power(s.rows)))
     tiles = max(cdiv(s.units, columns), cdiv(s.deter, columns), cdiv(s.stoch, categoricals))
-    latent, units, deter = (power(max(size, 16)) for size in (s.stoch * s.classes, s.units, s.deter))
+    latent, units, deter = (power(max(size, 16 * WARPS)) for size in (s.stoch * s.classes, s.units, s.deter))
     weights = s.units * latent * 2 + 3 * s.deter * (s.units + s.deter) + s.units * s.deter
     if s.rows <= 16 and tiles <= target.processors and shared_bytes(s) <= target.shared:
-        return Plan("resident", rows, columns, categoricals, classes, latent, units, deter, 8, tiles)
+        return Plan("resident", rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, tiles)
     form = "streaming" if weights * s.itemsize <= MOST_STREAMED else "phases"
-    most = 1024 if INTERPRETED else 4096 // rows * 2 // s.itemsize
+    most = 1024 if INTERPRETED else max(16 * WARPS, 8192 // rows * 2 // s.itemsize)
     chunks = (min(size, most) for size in (latent, units, deter))
-    return Plan(form, rows, columns, categoricals, classes, *chunks, 4, min(tiles, target.processors))
+    return Plan(form, rows, columns, categoricals, classes, *chunks, WARPS, WARPS, min(tiles, target.processors))
 
 
 def describe(targets: dict[str, Target], presets: dict[str, Sizes]) -> str:
