@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from fastdreamer_kernels import cases, ops
+from fastdreamer_kernels.machine import TARGETS
+from fastdreamer_kernels.rssm_observe import plan
 
 SHAPES = {
     "gru_gates": "pre (N, 3D), deter (N, D) -> (N, D)",
@@ -37,7 +39,12 @@ def overview() -> str:
             if case.operation == operation
         ]
         lines.append(f"{operation:18}{SHAPES[operation]:54}{choice:12}{', '.join(sizes)}")
-    return "\n".join([*lines, "", f"{choice}, because {reason}. ops.load('reference' | 'fused' | 'auto') chooses."])
+    presets = {
+        size: plan.Sizes(cases.BATCH, w.units, w.deter, w.stoch, w.classes, 2) for size, w in cases.SIZES.items()
+    }
+    rule = plan.describe(TARGETS, presets)
+    why = f"{choice}, because {reason}. ops.load('reference' | 'fused' | 'auto') chooses."
+    return "\n".join([*lines, "", why, "", rule])
 
 
 def table() -> str:

@@ -34,6 +34,8 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
+ONCE = 64
+"""Bytes a thread that a kernel for a whole sequence may spill: offsets put away once, before its loop over the steps."""
 MATRIX = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"mma\.sync", "tcgen05": r"tcgen05\.mma"}
 
 
@@ -46,7 +48,7 @@ class Variant(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     aligned: tuple[int, ...]
     num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, Any], ...]
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Usage:
 
     @property
     def fault(self) -> str | None:
-        if self.spills:
+        if self.spills > (ONCE if ("maxnreg", 255) in self.variant.options else 0):
             return f"spills {self.spills} bytes"
         limit = TARGETS[self.arch].shared
         return f"wants {self.shared} of {limit} bytes of shared memory" if self.shared > limit else None
@@ -111,7 +113,7 @@ def _variant(entry: Any) -> Variant:
         tuple(constants),
         tuple(aligned),
         entry.num_warps,
-        entry.num_stages,
+        tuple(entry.options.items()),
     )
 
 
@@ -129,7 +131,7 @@ def compile_variant(variant: Variant, arch: str) -> Usage:
         attrs={(i,): [["tt.divisibility", 16]] for i in variant.aligned},
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages, "enable_fp_fusion": True}
+    options = {"num_warps": variant.num_warps} | dict(variant.options)
     compiled = triton.compile(source, target=target, options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

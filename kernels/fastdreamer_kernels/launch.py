@@ -24,7 +24,8 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     num_warps: int
-    num_stages: int
+    options: dict[str, Any]
+    """Of the compiler, beside the number of warps."""
     constants: dict[str, Any]
 
 
@@ -50,23 +51,25 @@ def launch(
     grid: Sequence[int],
     *args: Any,
     num_warps: int,
-    num_stages: int = 3,
     together: bool = False,
     **constants: Any,
 ) -> None:
     """Starts `kernel` on the device of its first tensor.
 
     `together`: all programs run at the same time, so that they can wait for each other. The driver starts none before
-    there is room for all, whatever other streams do, and refuses a grid that could never have it.
+    there is room for all, whatever other streams do, and refuses a grid that could never have it. Nothing may be read
+    ahead of a meeting, so loops are not pipelined; and there is one program a processor, so it may take all registers.
     """
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    if together:
+        options |= {"num_stages": 1, "maxnreg": 255}
     if _records:
-        _records[-1][0].append(Launch(kernel, tuple(grid), args, num_warps, num_stages, constants))
+        _records[-1][0].append(Launch(kernel, tuple(grid), args, num_warps, options, constants))
         return
-    options = {"launch_cooperative_grid": True} if together and not INTERPRETED else {}
+    if together and not INTERPRETED:
+        options["launch_cooperative_grid"] = True
     with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, Tensor))):
-        kernel[tuple(grid)](
-            *args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **options, **constants
-        )
+        kernel[tuple(grid)](*args, num_warps=num_warps, **options, **constants)
 
 
 class Tile(NamedTuple):

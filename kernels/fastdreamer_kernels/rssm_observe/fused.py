@@ -315,7 +315,7 @@ def _run(
     }  # fmt: skip
     if p.form != "phases":
         launch(
-            kernel, (p.programs,), *tensors, counter, 0, steps, 0, p.programs, steps, num_warps=p.warps, num_stages=1,
+            kernel, (p.programs,), *tensors, counter, 0, steps, 0, p.programs, steps, num_warps=p.warps,
             together=True, **constants, PHASE=0,
         )  # fmt: skip
         return

@@ -23,6 +23,8 @@ LAYER, BATCH, RUNNING = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """The representation network's norm: LayerNorm, BatchNorm by the rows' statistics, BatchNorm by the running ones."""
 WIDEN = tl.constexpr(INTERPRETED)
 """The interpreter multiplies no bfloat16."""
+NARROWEST = tl.constexpr(128)
+"""The narrowest chunk that is read whatever a product's size (see `plan.py`)."""
 PARTS = tl.constexpr(32)
 """How many tiles' sums are put together at a time."""
 
@@ -58,8 +60,8 @@ def weight(w, stride, column, there, at, SIZE: tl.constexpr, RESIDENT: tl.conste
         return w
     else:
         inside = there[None, :, None]
-        # Masks take registers, and most products need none.
-        if SIZE % (at.shape[0] * at.shape[1]) != 0:
+        # Masks take registers, and sizes that chunks divide need none.
+        if SIZE < NARROWEST or (SIZE & (SIZE - 1)) != 0:
             inside = inside & (at < SIZE)[:, None, :]
         return tl.load(w + column[None, :, None] * stride + at[:, None, :], mask=inside, other=0.0)
 
@@ -68,7 +70,7 @@ def weight(w, stride, column, there, at, SIZE: tl.constexpr, RESIDENT: tl.conste
 def operand(x_ptr, stride, row, rows, at, SIZE: tl.constexpr):
     """Inputs `at` of rows `row` (SPLIT, ROWS, SHARE). Others wrote them, so they come past this processor's cache."""
     inside = (row < rows)[None, :, None]
-    if SIZE % (at.shape[0] * at.shape[1]) != 0:
+    if SIZE < NARROWEST or (SIZE & (SIZE - 1)) != 0:
         inside = inside & (at < SIZE)[:, None, :]
     return tl.load(
         x_ptr + row[None, :, None] * stride + at[:, None, :], mask=inside, other=0.0, cache_modifier=".cg"

@@ -67,14 +67,14 @@ def plan(s: Sizes, target: Target) -> Plan:
     classes = power(s.classes)
     columns = 128 if INTERPRETED else COLUMNS
     categoricals = cdiv(columns, classes) if INTERPRETED else max(1, COLUMNS // classes)
-    rows = min(64, max(16, power(s.rows)))
+    rows = min(32, max(16, power(s.rows)))
     tiles = max(cdiv(s.units, columns), cdiv(s.deter, columns), cdiv(s.stoch, categoricals))
     latent, units, deter = (power(max(size, 16 * WARPS)) for size in (s.stoch * s.classes, s.units, s.deter))
     weights = s.units * latent * 2 + 3 * s.deter * (s.units + s.deter) + s.units * s.deter
     if s.rows <= 16 and tiles <= target.processors and shared_bytes(s) <= target.shared:
         return Plan("resident", rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, tiles)
     form = "streaming" if weights * s.itemsize <= MOST_STREAMED else "phases"
-    most = 1024 if INTERPRETED else max(16 * WARPS, 8192 // rows * 2 // s.itemsize)
+    most = 1024 if INTERPRETED else max(16 * WARPS, 4096 // rows * 2 // s.itemsize)
     chunks = (min(size, most) for size in (latent, units, deter))
     return Plan(form, rows, columns, categoricals, classes, *chunks, WARPS, WARPS, min(tiles, target.processors))
 
