@@ -64,7 +64,7 @@ class Usage:
 
     @property
     def fault(self) -> str | None:
-        if self.spills > (ONCE if ("maxnreg", 255) in self.variant.options else 0):
+        if self.spills > (ONCE if ("num_stages", 1) in self.variant.options else 0):
             return f"spills {self.spills} bytes"
         limit = TARGETS[self.arch].shared
         return f"wants {self.shared} of {limit} bytes of shared memory" if self.shared > limit else None

@@ -52,17 +52,20 @@ def launch(
     *args: Any,
     num_warps: int,
     together: bool = False,
+    maxnreg: int | None = None,
     **constants: Any,
 ) -> None:
     """Starts `kernel` on the device of its first tensor.
 
     `together`: all programs run at the same time, so that they can wait for each other. The driver starts none before
     there is room for all, whatever other streams do, and refuses a grid that could never have it. Nothing may be read
-    ahead of a meeting, so loops are not pipelined; and there is one program a processor, so it may take all registers.
+    ahead of a meeting, so loops are not pipelined. `maxnreg`: registers a thread, where the assembler would rather spill.
     """
     options: dict[str, Any] = {"enable_fp_fusion": True}
     if together:
-        options |= {"num_stages": 1, "maxnreg": 255}
+        options["num_stages"] = 1
+    if maxnreg is not None:
+        options["maxnreg"] = maxnreg
     if _records:
         _records[-1][0].append(Launch(kernel, tuple(grid), args, num_warps, options, constants))
         return

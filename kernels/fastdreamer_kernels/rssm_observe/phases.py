@@ -9,6 +9,7 @@ A weight is a pointer to a matrix (outputs, inputs), or with RESIDENT the tile o
 """
 
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportPossiblyUnboundVariable=false
 # Triton's language, which type checkers read as Python.
 
 import triton

@@ -75,8 +75,10 @@ def plan(s: Sizes, target: Target) -> Plan:
         return Plan("resident", rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, tiles)
     form = "streaming" if weights * s.itemsize <= MOST_STREAMED else "phases"
     most = 1024 if INTERPRETED else max(16 * WARPS, 4096 // rows * 2 // s.itemsize)
-    chunks = (min(size, most) for size in (latent, units, deter))
-    return Plan(form, rows, columns, categoricals, classes, *chunks, WARPS, WARPS, min(tiles, target.processors))
+    latent, units, deter = (min(size, most) for size in (latent, units, deter))
+    return Plan(
+        form, rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, min(tiles, target.processors)
+    )
 
 
 def describe(targets: dict[str, Target], presets: dict[str, Sizes]) -> str:
