@@ -35,7 +35,7 @@ POINTERS = {
     torch.int64: "*i64",
 }
 ONCE = 64
-"""Bytes a thread that a kernel for a whole sequence may spill: offsets put away once, before its loop over the steps."""
+"""Bytes a thread that a kernel for a whole sequence may spill: offsets put away once, before its loop."""
 MATRIX = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"mma\.sync", "tcgen05": r"tcgen05\.mma"}
 
 

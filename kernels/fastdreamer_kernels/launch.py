@@ -59,7 +59,8 @@ def launch(
 
     `together`: all programs run at the same time, so that they can wait for each other. The driver starts none before
     there is room for all, whatever other streams do, and refuses a grid that could never have it. Nothing may be read
-    ahead of a meeting, so loops are not pipelined. `maxnreg`: registers a thread, where the assembler would rather spill.
+    ahead of a meeting, so loops are not pipelined. `maxnreg`: registers a
+    thread, where the assembler would rather spill.
     """
     options: dict[str, Any] = {"enable_fp_fusion": True}
     if together:
@@ -130,7 +131,7 @@ def launch_rows(
     Without a count there is a program for each tile. The kernel takes the tensors, rows and columns, and the constants.
     """
     grid = (cdiv(rows, t.rows) if count is None else count,)
-    launch(kernel, grid, *tensors, rows, columns, num_warps=t.warps, **constants, **t.constants)
+    launch(kernel, grid, *tensors, rows, columns, num_warps=t.warps, **t.constants, **constants)  # pyright: ignore[reportArgumentType]
 
 
 def check_shapes(operation: str, **expected: tuple[Tensor, Sequence[int]]) -> None:

@@ -322,7 +322,8 @@ def _run(
     for t in range(steps):
         for phase, count in enumerate(tiles, 1):
             launch(
-                kernel, (count,), *tensors, counter, t, t + 1, 0, count, steps, num_warps=p.warps, maxnreg=255, **constants,
+                kernel, (count,), *tensors, counter, t, t + 1, 0, count, steps, num_warps=p.warps, maxnreg=255,
+                **constants,
                 PHASE=phase,
             )  # fmt: skip
 
