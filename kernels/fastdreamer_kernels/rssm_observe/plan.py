@@ -52,9 +52,15 @@ def power(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
+def padded(s: Sizes) -> tuple[int, int, int]:
+    """S*K, U and D as a product's inputs: powers of two of which every warp has its share."""
+    latent, units, deter = (power(max(size, 16 * WARPS)) for size in (s.stoch * s.classes, s.units, s.deter))
+    return latent, units, deter
+
+
 def shared_bytes(s: Sizes) -> int:
     """What the resident form keeps in shared memory: tiles of all weights, and one product's input."""
-    latent, units, deter = (power(max(size, 16 * WARPS)) for size in (s.stoch * s.classes, s.units, s.deter))
+    latent, units, deter = padded(s)
     drawn = max(power(s.classes), COLUMNS) * units
     forward = COLUMNS * (latent + 3 * (units + deter) + deter) + drawn
     backward = COLUMNS * (latent + units + 6 * deter) + drawn
@@ -69,7 +75,7 @@ def plan(s: Sizes, target: Target) -> Plan:
     categoricals = cdiv(columns, classes) if INTERPRETED else max(1, COLUMNS // classes)
     rows = min(32, max(16, power(s.rows)))
     tiles = max(cdiv(s.units, columns), cdiv(s.deter, columns), cdiv(s.stoch, categoricals))
-    latent, units, deter = (power(max(size, 16 * WARPS)) for size in (s.stoch * s.classes, s.units, s.deter))
+    latent, units, deter = padded(s)
     weights = s.units * latent * 2 + 3 * s.deter * (s.units + s.deter) + s.units * s.deter
     if s.rows <= 16 and tiles <= target.processors and shared_bytes(s) <= target.shared:
         return Plan("resident", rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, tiles)
