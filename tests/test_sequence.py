@@ -116,7 +116,8 @@ def test_programs_in_processes_of_their_own_meet(case: Case, form: str, monkeypa
 def test_a_long_sequence_with_resets_in_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, "streaming")
     apart(monkeypatch)
-    check(observe(5, 16, 4, 1, 17, 17, 2, 6, 1, 1), torch.float32, range(1))
+    # Four seeds: seventeen sums of a seed are few enough for the order of additions, which processors differ in, to tell.
+    check(observe(5, 16, 4, 1, 17, 17, 2, 6, 1, 1), torch.float32, range(4))
 
 
 @triton.jit
