@@ -32,6 +32,63 @@ def test_the_posterior_sequence_compiles_at_every_preset() -> None:
     check(run("-m", "fastdreamer_kernels.aot", "--operation", "rssm_observe"), {"rssm_observe"})
 
 
+MOVES = r"""
+import re, sys
+from fastdreamer_kernels import aot, cases
+
+COUNTED = {
+    "written by others": r"\bLDG\.E\.(?:64|128)\.STRONG\.GPU",
+    "other loads": r"\bLDG\.E(?!\S*STRONG)",
+    "stores": r"\bSTG\.E",
+}
+
+def count(code):
+    return {name: len(re.findall(pattern, code)) for name, pattern in COUNTED.items()}
+
+def phase(variant, number):
+    constants = tuple((name, number if name == "PHASE" else value) for name, value in variant.constants)
+    return variant._replace(constants=constants)
+
+arch = sys.argv[1]
+case = next(case for case in cases.preset("S") if case.operation == "rssm_observe")
+for variant in aot.variants([case], arch):
+    constants = dict(variant.constants)
+    if constants.get("PHASE") != 0:
+        continue
+    # The invalidation of the processor's own cache ends each wait.
+    code = aot.machine_code(variant, arch)
+    *steps, rest = [count(part) for part in code.split("CCTL.IVALL")]
+    alone = [count(aot.machine_code(phase(variant, i), arch)) for i in range(1, len(steps) + 1)]
+    print(variant.kernel, constants["RESIDENT"], len(steps))
+    assert not any(rest.values()), rest
+    assert code.count("MEMBAR") >= len(steps)
+    for i, (together, apart) in enumerate(zip(steps, alone)):
+        assert all(apart[name] for name in ("stores", "other loads", "written by others")), apart
+        for name in ("stores", "written by others") if constants["RESIDENT"] else COUNTED:
+            assert together[name] == apart[name], (variant.kernel, i + 1, together, apart)
+    # Weights that stay are loaded ahead of all steps, and nothing twice.
+    assert sum(part["other loads"] for part in steps) == sum(part["other loads"] for part in alone)
+"""
+
+
+def check_moves(arch: str) -> set[tuple[str, ...]]:
+    done = run("-c", MOVES, arch)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return set(re.findall(r"^(\w+)_kernel (\w+) (\d)$", done.stdout, re.MULTILINE))
+
+
+def test_no_load_or_store_moves_across_a_meeting() -> None:
+    """Between two meetings the machine code loads and stores exactly what the phase does that is compiled alone."""
+    kernels = check_moves("sm_90")
+    assert kernels == {(way, form, n) for way, n in (("forward", "5"), ("backward", "4")) for form in ("True", "False")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
+def test_no_load_or_store_moves_across_a_meeting_elsewhere(arch: str) -> None:
+    assert {way for way, *_ in check_moves(arch)} == {"forward", "backward"}
+
+
 def check(done: subprocess.CompletedProcess[str], operations: set[str]) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     rows = re.findall(r"^(sm_\d+) +(\w+)\.(\w+) .* (\d+) +(\d+) +(\d+)  (\S+)$", done.stdout, re.MULTILINE)

@@ -117,8 +117,7 @@ def _variant(entry: Any) -> Variant:
     )
 
 
-def compile_variant(variant: Variant, arch: str) -> Usage:
-    """Compiles for `arch` (sm_80, sm_90 or sm_100) and reads off what the result takes."""
+def _compiled(variant: Variant, arch: str) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -132,12 +131,29 @@ def compile_variant(variant: Variant, arch: str) -> Usage:
     )
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     options = {"num_warps": variant.num_warps} | dict(variant.options)
-    compiled = triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=options)
+
+
+def _listing(compiled: Any, option: str) -> str:
+    """What NVIDIA's cuobjdump, which Triton brings along, says about a compiled kernel."""
+    import triton
+
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(variant: Variant, arch: str) -> str:
+    """The instructions that a variant is compiled to, in the order of their addresses."""
+    return _listing(_compiled(variant, arch), "-sass")
+
+
+def compile_variant(variant: Variant, arch: str) -> Usage:
+    """Compiles for `arch` (sm_80, sm_90 or sm_100) and reads off what the result takes."""
+    compiled = _compiled(variant, arch)
+    listing = _listing(compiled, "-res-usage")
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", listing)}
     matrix = [name for name, pattern in MATRIX.items() if re.search(pattern, compiled.asm["ptx"])]
     return Usage(

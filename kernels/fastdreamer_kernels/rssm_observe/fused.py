@@ -315,16 +315,15 @@ def _run(
     }  # fmt: skip
     if p.form != "phases":
         launch(
-            kernel, (p.programs,), *tensors, counter, 0, steps, 0, p.programs, steps, num_warps=p.warps, maxnreg=255,
-            together=True, **constants, PHASE=0,
+            kernel, (p.programs,), *tensors, counter, 0, steps, 0, p.programs, steps, num_warps=p.warps,
+            maxnreg=p.registers, together=True, **constants, PHASE=0,
         )  # fmt: skip
         return
     for t in range(steps):
         for phase, count in enumerate(tiles, 1):
             launch(
-                kernel, (count,), *tensors, counter, t, t + 1, 0, count, steps, num_warps=p.warps, maxnreg=255,
-                **constants,
-                PHASE=phase,
+                kernel, (count,), *tensors, counter, t, t + 1, 0, count, steps, num_warps=p.warps,
+                maxnreg=p.registers, **constants, PHASE=phase,
             )  # fmt: skip
 
 

@@ -15,6 +15,8 @@ COLUMNS = 16
 MOST_STREAMED = 40 * 2**20
 """Bytes of weights that stay in the second-level cache of every architecture (an A100's is the smallest)."""
 WARPS = 2 if INTERPRETED else 8
+REGISTERS = 255
+"""As many as a thread can have."""
 SPARE = 4 * 2**10
 """Shared memory that reductions across warps want beside the tiles."""
 
@@ -45,6 +47,9 @@ class Plan(NamedTuple):
     warps: int
     programs: int
     """Of the kernel for all steps; each of its phases goes over its tiles with that stride."""
+    registers: int | None
+    """At most so many a thread, where the assembler would otherwise stop at 128 and spill; it spills in the phases of
+    float32 only when it is given more than it asks for."""
 
 
 def power(number: int) -> int:
@@ -78,13 +83,17 @@ def plan(s: Sizes, target: Target) -> Plan:
     latent, units, deter = padded(s)
     weights = s.units * latent * 2 + 3 * s.deter * (s.units + s.deter) + s.units * s.deter
     if s.rows <= 16 and tiles <= target.processors and shared_bytes(s) <= target.shared:
-        return Plan("resident", rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, tiles)
+        return Plan(
+            "resident", rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, tiles, REGISTERS
+        )  # fmt: skip
     form = "streaming" if weights * s.itemsize <= MOST_STREAMED else "phases"
     most = 1024 if INTERPRETED else max(16 * WARPS, 4096 // rows * 2 // s.itemsize)
     latent, units, deter = (min(size, most) for size in (latent, units, deter))
+    registers = None if form == "phases" and s.itemsize == 4 else REGISTERS
+    programs = min(tiles, target.processors)
     return Plan(
-        form, rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, min(tiles, target.processors)
-    )
+        form, rows, columns, categoricals, classes, latent, units, deter, WARPS, WARPS, programs, registers
+    )  # fmt: skip
 
 
 def describe(targets: dict[str, Target], presets: dict[str, Sizes]) -> str:
