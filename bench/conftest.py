@@ -20,6 +20,7 @@ CUDA = torch.cuda.is_available()
 CALLS = 20
 """Calls in one captured graph: enough to make the graph's own start negligible."""
 ROUNDS = 50
+Measure = Callable[..., float]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,7 +73,7 @@ def results(request: pytest.FixtureRequest) -> Results:
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, results: Results, benchmark: Any) -> Callable[..., float]:
+def measure(request: pytest.FixtureRequest, results: Results, benchmark: Any) -> Measure:
     """`measure(calls, **labels)` times the mean of calls and stores median and spread; gives the median in seconds.
 
     `calls` are functions of nothing that do the same work on different memory: one buffer used over and over would

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CUDA, Measure
 from fastdreamer_kernels import cases, ops
 from fastdreamer_kernels.cases import Case
 from fastdreamer_kernels.compare import compare, failures, tensors
@@ -16,8 +17,6 @@ from torch import Tensor
 from fastdreamer.config import SIZES, ModelConfig
 from fastdreamer.rssm import RSSM, State
 
-CUDA = torch.cuda.is_available()
-Measure = Callable[..., float]
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 SETS = 4
