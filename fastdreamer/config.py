@@ -152,7 +152,7 @@ class ReplayConfig:
     replay_capacity: int = 1_000_000
     """Steps kept."""
     replay_device: Literal["auto", "cpu"] = "auto"
-    """`auto`: on the device that trains. `cpu`: in host memory, pinned where there is CUDA."""
+    """`auto`: on the device that trains, if it has room. `cpu`: in host memory, pinned where there is CUDA."""
     prefill: int = 1024
     """Decisions taken at random before the first update."""
     train_ratio: float = 512
@@ -175,7 +175,10 @@ class RunConfig:
     kernels: Literal["auto", "reference", "fused"] = "auto"
     """Implementation of the hot operations."""
     compile: bool = False
-    """Compile the update. Accepted; until the compiled path exists the trainer says so and runs eagerly."""
+    """On a GPU compile the update and capture it as one graph; on a CPU compile its elementwise operations."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of products and convolutions. `auto`: bf16 where the device multiplies it faster; on a CPU with --compile only,
+    from --size XS on."""
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fastdreamer.agent import Agent
 from fastdreamer.checkpoint import Checkpoints, check_shapes, shapes
 from fastdreamer.config import BadInput, Config, load_config
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.runtime import Stager, choose_device, generator, prepare_process
+from fastdreamer.runtime import Acting, Runtime, choose_device, generator, prepare_process
 
 SEED_OFFSET = 1_000_000
 """Evaluation seeds lie this far from training seeds, so that no episode is one that was trained on."""
@@ -48,7 +48,7 @@ class Evaluation:
 def evaluate(
     agent: Agent,
     config: Config,
-    device: torch.device,
+    runtime: Runtime,
     *,
     episodes: int,
     stopped: Callable[[], bool] = lambda: False,
@@ -62,10 +62,17 @@ def evaluate(
     share = [episodes // count + (i < episodes % count) for i in range(count)]
     returns: list[list[float]] = [[] for _ in range(count)]
     recorded: list[list[dict[str, np.ndarray]]] = [[] for _ in range(min(count, DREAM_ROWS))]
-    noise, stage = generator(device, config.seed, NOISE_STREAM), Stager(device)
+    noise = generator(runtime.device, config.seed, NOISE_STREAM)
     env = replace(config.env, envs=count)
     with envs.make(config.task, env, config.seed + SEED_OFFSET, evaluation=True) as environments:
-        carry, total = agent.initial_carry(count, device), np.zeros(count)
+        total = np.zeros(count)
+        acting = Acting(
+            runtime,
+            agent,
+            lambda agent, rows, carry: agent.act(rows, carry, agent.draw_act_noise(count, noise)),
+            agent.initial_carry(count, runtime.device),
+            [noise],
+        )
         while not stopped():
             step = environments.recv()
             # An episode that begins without the last one's end was cut short by a crash: it does not count.
@@ -81,8 +88,8 @@ def evaluate(
                     [value for done in returns for value in done],
                     [{name: np.stack([row[name] for row in rows]) for name in rows[0]} for rows in recorded],
                 )
-            carry = agent.act(stage(step), carry, agent.draw_act_noise(count, noise))
-            environments.send(carry.action.cpu().numpy())
+            acting(step)
+            environments.send(acting.actions())
     return None
 
 
@@ -158,7 +165,7 @@ def run_command(command: Command) -> None:
     device = choose_device(command.device)
     prepare_process(device)
     agent = load_agent(run, config, device)
-    evaluation = evaluate(agent, config, device, episodes=command.episodes)
+    evaluation = evaluate(agent, config, Runtime(device), episodes=command.episodes)
     assert evaluation is not None
     frames = video(evaluation) if command.video else None
     if frames is not None:

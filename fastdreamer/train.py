@@ -30,26 +30,62 @@ from fastdreamer.evaluate import dream, evaluate, video
 from fastdreamer.replay import Replay, available_memory, describe
 from fastdreamer.rssm import State
 from fastdreamer.runtime import (
+    Acting,
     Batches,
+    Captured,
     Learner,
     NonFinite,
-    Stager,
+    Runtime,
     choose_device,
+    fast_bf16,
     generator,
+    peak_memory,
     prepare_process,
-    saved_bytes,
 )
 
+UPDATE_ROOM = 6 * 10**9
+"""Bytes of a GPU that are left to weights and an update's activations when the replay is placed."""
 INIT_STREAM, LEARN_STREAM, ACT_STREAM, REPLAY_STREAM, PREFILL_STREAM = range(5)
 """A run's independent streams of randomness."""
 
 
-def load_ops(config: Config, device: torch.device) -> ops.Ops:
-    """The implementation of the hot operations that `--kernels` names. Raises BadInput where it cannot run."""
+def make_runtime(config: Config, device: torch.device) -> Runtime:
+    """How this run's work is done on its device, as its options say. Raises BadInput for what the device cannot do."""
+    run = config.run
+    prepare_process(device, keep_memory=run.compile)
+    precision = run.precision
+    if precision == "auto":
+        # A tiny network's time goes into starting operations, not into products.
+        narrow = fast_bf16(device) and (device.type == "cuda" or (run.compile and config.size != "tiny"))
+        precision = "bf16" if narrow else "fp32"
+    if precision == "bf16" and device.type == "cuda" and not fast_bf16(device):
+        raise BadInput("--precision bf16 needs a GPU of compute capability 8.0 or newer: use --precision fp32.")
+    fused = (ops.why(device)[0] if run.kernels == "auto" else run.kernels) == "fused"
+    return Runtime(device, precision=precision, compile=run.compile, fused=fused, say=say)
+
+
+def say(message: str) -> None:
+    print(message, flush=True)
+
+
+def load_ops(config: Config, runtime: Runtime) -> ops.Ops:
+    """The hot operations as `--kernels` and `--compile` want them. Raises BadInput where they cannot run."""
     try:
-        return ops.load(config.run.kernels, device)
+        return runtime.operations(ops.load(config.run.kernels, runtime.device))
     except ops.Unavailable as error:
         raise BadInput(f"--kernels {config.run.kernels} cannot run: {error}; use --kernels auto.") from None
+
+
+def choose_replay_device(config: Config, spaces: Spaces, device: torch.device) -> torch.device:
+    """Where the replay lies: as `--replay-device` says, and by itself where there is room for it beside an update."""
+    if config.replay.replay_device == "cpu" or device.type == "cpu":
+        return torch.device("cpu")
+    need, free = Replay.bytes(spaces, config.replay.replay_capacity), available_memory(device)
+    if need + UPDATE_ROOM <= free:
+        return device
+    wanted = f"{need / 1e9:.1f} of {free / 1e9:.1f} GB"
+    say(f"the replay does not fit on {device} beside an update ({wanted}) and is kept in host memory")
+    return torch.device("cpu")
 
 
 def build_agent(config: Config, spaces: Spaces, operations: ops.Ops, device: torch.device) -> Agent:
@@ -81,15 +117,15 @@ class Trainer:
         """`run`: its folder, or what makes it; None for a dry run, which writes nothing. Raises BadInput."""
         self.config, self.signals = config, _Signals()
         self.device = choose_device(config.run.device)
-        prepare_process(self.device)
-        replay_device = torch.device("cpu") if config.replay.replay_device == "cpu" else self.device
-        near = replay_device == self.device
+        self.runtime = make_runtime(config, self.device)
         self.decisions = 0
         self.envs = envs.make(config.task, config.env, config.seed)
         try:
-            operations = load_ops(config, self.device)
+            operations = load_ops(config, self.runtime)
             self.agent = build_agent(config, self.envs.spaces, operations, self.device)
             self.optimizers = self.agent.make_optimizers()
+            replay_device = choose_replay_device(config, self.envs.spaces, self.device)
+            near = replay_device == self.device
             print(describe(self.envs.spaces, config.replay.replay_capacity, replay_device), flush=True)
             self.replay = Replay(
                 self.envs.spaces,
@@ -104,9 +140,22 @@ class Trainer:
             self.act_noise = generator(self.device, config.seed, ACT_STREAM)
             self.draws = generator(replay_device, config.seed, REPLAY_STREAM)
             self.batches = Batches(self._draw, replay_device, self.device)
-            self.learner = Learner(self._update)
-            self.stage = Stager(self.device)
-            self.carry = self.agent.initial_carry(config.env.envs, self.device)
+            self.update = self.runtime.whole(self.agent.update)
+            self.learner = Learner(
+                self._update,
+                runtime=self.runtime,
+                generators=[self.noise, self.draws] if near else [self.noise],
+                advance=self.batches.advance,
+            )
+            self.acting = Acting(
+                self.runtime,
+                self.agent,
+                lambda agent, rows, carry: agent.act(
+                    rows, carry, agent.draw_act_noise(config.env.envs, self.act_noise)
+                ),
+                self.agent.initial_carry(config.env.envs, self.device),
+                [self.act_noise],
+            )
             self.returns = np.zeros(config.env.envs)
             self.lengths = np.zeros(config.env.envs, np.int64)
             self.logged_at = 0
@@ -139,6 +188,11 @@ class Trainer:
         return self.decisions * self.config.env.action_repeat
 
     @property
+    def carry(self) -> Carry:
+        """What acting remembers of the last row of each environment."""
+        return self.acting.carry
+
+    @property
     def updates_due(self) -> int:
         """Updates that the decisions so far call for: the train ratio, exact from the first decision after prefill."""
         trained = max(0, self.decisions - self.config.replay.prefill)
@@ -151,22 +205,25 @@ class Trainer:
         return self.replay.sample(uniform, optim.batch_length)
 
     def _update(self) -> dict[str, torch.Tensor]:
-        return self.agent.update(self.batches(), self.agent.draw_update_noise(self.noise), self.optimizers)
+        batch, noise = self.batches(), self.agent.draw_update_noise(self.noise)
+        with self.runtime.autocast():
+            return self.update(batch, noise, self.optimizers)
 
     def iterate(self) -> None:
         """One row of every environment, and the updates that it makes due."""
         step = self.envs.recv() if self.pending is None else self.pending
         self._account(step)
-        rows = self.stage(step)
-        self.carry = self.agent.act(rows, self.carry, self.agent.draw_act_noise(len(step.reward), self.act_noise))
+        rows = self.acting(step)
         if self.decisions < self.config.replay.prefill:
-            self.carry = Carry(self.carry.state, self._random_action().to(self.device))
-        action = self.carry.action.cpu().numpy()
-        # Every issued update has run by now, so this does not wait; and what is not finite must not reach environments.
+            self.acting.replace(Carry(self.carry.state, self._random_action().to(self.device)))
+        action = self.acting.actions()
+        # The updates before the weights that acted have run, so this does not wait; and what is not finite must not
+        # reach environments.
         self.learner.settle()
         if not np.isfinite(action).all():
             raise NonFinite(self.learner.updates, "the policy's action", float("nan"))
         self.envs.send(action)
+        self.acting.refresh()
         self.replay.add(rows)
         while self.learner.updates < self.updates_due:
             self.learner.step()
@@ -230,7 +287,7 @@ class Trainer:
         result = evaluate(
             self.agent,
             self.config,
-            self.device,
+            self.runtime,
             episodes=self.config.run.eval_episodes,
             stopped=lambda: self.signals.received is not None,
         )
@@ -258,6 +315,8 @@ class Trainer:
         learner = self.learner.state()
         if not all(weights.isfinite().all() for weights in self.agent.state_dict().values()):
             raise NonFinite(self.learner.updates, "a weight", float("nan"))
+        # As a run that goes on from here will act.
+        self.acting.refresh()
         if self.pending is None:
             self.pending = self.envs.recv()
         state = {
@@ -289,8 +348,9 @@ class Trainer:
             noise.set_state(state["generators"][name])
         self.learner.load(state["learner"])
         self.decisions, self.logged_at = state["decisions"], state["logged_at"]
-        carry = {k: v.to(self.device) for k, v in state["carry"].items()}
-        self.carry = Carry(State(carry["deter"], carry["stoch"]), carry["action"])
+        carry = state["carry"]
+        self.acting.replace(Carry(State(carry["deter"], carry["stoch"]), carry["action"]))
+        self.acting.refresh()
         self.pending = Step(**{"image": None, "vector": None} | state["pending"])
         self.returns, self.lengths = state["episodes"]["returns"], state["episodes"]["lengths"]
         lost = self.envs.restore(state["envs"])
@@ -321,7 +381,7 @@ class _Signals:
 
 
 def dry_run(config: Config) -> None:
-    """Builds everything, runs one update on random actions' rows, and prints parameters, memory and losses."""
+    """Builds everything, makes an update from random actions' rows, and prints parameters, memory and losses."""
     with Trainer(config, None) as trainer:
         agent = trainer.agent
         for name, module in [*agent.world_model.named_children(), *agent.behavior.named_children()]:
@@ -329,17 +389,28 @@ def dry_run(config: Config) -> None:
         total = sum(p.numel() for p in agent.parameters() if p.requires_grad)
         print(f"total: {total:,} trainable parameters")
         while trainer.replay.added < config.optim.batch_length:
-            step = trainer.envs.recv()
-            trainer.replay.add(trainer.stage(step))
+            trainer.replay.add(trainer.acting(trainer.envs.recv()))
             trainer.envs.send(trainer._random_action().numpy())
-        metrics: dict[str, torch.Tensor] = {}
-        activations = saved_bytes(lambda: metrics.update(trainer._update()))
-        replay = Replay.bytes(trainer.envs.spaces, config.replay.replay_capacity)
-        parts = {"weights, gradients, optimisers": state_bytes(agent), "activations": activations, "replay": replay}
-        print("memory: " + ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in parts.items()), end="")
-        print(f", together {sum(parts.values()) / 1e9:.2f} GB")
-        for name, value in metrics.items():
-            print(f"{name}: {value.item():.4f}")
+        # So many that a capture, which has memory of its own, is among them.
+        for _ in range(Captured.WARM + 2 if trainer.runtime.record else 1):
+            trainer.learner.step()
+        trainer.learner.settle()
+        # Of the replay's pages on a CPU only the filled ones are there yet.
+        capacity, own = config.replay.replay_capacity, trainer.replay
+        replay = Replay.bytes(trainer.envs.spaces, capacity)
+        filled = replay if own.device.type == "cuda" else Replay.bytes(trainer.envs.spaces, len(own))
+        state, rest = state_bytes(agent), peak_memory(trainer.device) - state_bytes(agent)
+        if own.device.type == trainer.device.type:
+            rest -= filled
+        parts = {"weights, gradients, optimisers": state, "an update and libraries": rest}
+        if own.device.type == trainer.device.type:
+            parts["replay"] = replay
+        print(
+            f"memory of {trainer.device}: " + ", ".join(f"{k} {size / 1e9:.2f} GB" for k, size in parts.items()), end=""
+        )
+        print(f", together {sum(parts.values()) / 1e9:.2f} GB at the most")
+        for name, value in trainer.learner.means().items():
+            print(f"{name}: {value:.4f}")
 
 
 def print_module(name: str, module: nn.Module) -> None:
@@ -355,8 +426,6 @@ def run_command(command: Command, why: str) -> None:
     """Carries the command out. Raises BadInput, NonFinite and SystemExit."""
     config = command.config
     print(why, flush=True)
-    if config.run.compile:
-        print("--compile is accepted; this version has no compiled update yet and runs eagerly", flush=True)
     if config.env.render == "fast":
         print(rendering.FAST_FRAMES, flush=True)
     if command.dry_run:

@@ -1,0 +1,89 @@
+"""The references compiled by Inductor, one operation at a time: what a machine without our kernels can fuse.
+
+Products stay where they are, between the operations: libraries do them, and autograd still skips the gradients that
+nobody asks for. One operation compiles in a second or two and serves all its calls of a shape, where a whole update
+would be a graph of thousands of nodes.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdreamer_kernels.ops import Ops
+from fastdreamer_kernels.rssm_observe import reference as rssm_observe
+
+SHAPES = 64
+"""So many shapes of one operation may be compiled: Dynamo's own limit is 8."""
+WORTH = 2**18
+"""Elements from which on compiled code saves more than its own call costs on a CPU."""
+
+Notify = Callable[[str], None]
+"""Is told what will be compiled next, an operation and a shape."""
+
+
+def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
+    """`plain` operations with the elementwise ones compiled, for inputs of at least so many elements.
+
+    The others are left: they are single kernels already (the gather), or too small a part. With `least` 0 the posterior
+    sequence's step is compiled as well.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    build = functools.partial(_Compiled, notify=notify, least=least)
+    gru_gates, sample_onehot = build(plain.gru_gates), build(plain.sample_onehot)
+    layer_norm_act = build(plain.layer_norm_act)
+    twohot_loss, twohot_mean = build(plain.twohot_loss), build(plain.twohot_mean)
+
+    # Rows that lie in several axes would be compiled anew for each number of axes.
+    def sample_rows(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
+        return sample_onehot(_rows(logits), uniform.reshape(-1), unimix).view(logits.shape)
+
+    def layer_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return layer_norm_act(_rows(x), weight, bias, eps).view(x.shape)
+
+    def twohot_loss_rows(logits: Tensor, target: Tensor, low: float, high: float) -> Tensor:
+        return twohot_loss(_rows(logits), target.reshape(-1), low, high).view(target.shape)
+
+    def twohot_mean_rows(logits: Tensor, low: float, high: float) -> Tensor:
+        return twohot_mean(_rows(logits), low, high).view(logits.shape[:-1])
+
+    chosen = plain._replace(
+        gru_gates=gru_gates,
+        sample_onehot=sample_rows,
+        layer_norm_act=layer_norm_rows,
+        twohot_loss=twohot_loss_rows,
+        twohot_mean=twohot_mean_rows,
+    )
+    if least == 0:
+        step = build(rssm_observe.observe_step)
+        chosen = chosen._replace(
+            batch_norm_act=build(plain.batch_norm_act),
+            kl_balance=build(plain.kl_balance),
+            adam_step=build(plain.adam_step),
+            rssm_observe=functools.partial(rssm_observe.rssm_observe, step=step),
+        )
+    return chosen
+
+
+class _Compiled:
+    """An operation, compiled where its first argument is large enough."""
+
+    def __init__(self, plain: Callable[..., Any], notify: Notify, least: int):
+        self.plain, self.notify, self.least = plain, notify, least
+        self._fast = torch.compile(plain, fullgraph=True, dynamic=False)
+        self._seen: set[tuple[Any, ...]] = set()
+
+    def __call__(self, first: Tensor, *args: Any, **options: Any) -> Any:
+        if first.numel() < self.least:
+            return self.plain(first, *args, **options)
+        key = (first.shape, first.dtype, first.requires_grad, torch.is_grad_enabled())
+        if key not in self._seen:
+            self._seen.add(key)
+            self.notify(f"{self.plain.__name__} {tuple(first.shape)}")
+        return self._fast(first, *args, **options)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,210 @@
+"""Whether an update may be captured, shown without a GPU: traced whole, without a host sync, and replayed as recorded.
+
+A recording by `make_fx` keeps what a CUDA graph would keep: tensors by their place, everything of Python as it was.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fastdreamer_kernels import ops
+from test_fused_update import BOTH, PIXELS, make_batch, make_config
+from test_train import DEMO, GYM, differences
+from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastdreamer import train
+from fastdreamer.agent import Agent
+from fastdreamer.config import parse_command
+from fastdreamer.envs.base import Spaces
+from fastdreamer.runtime import Captured, Runtime
+from fastdreamer.train import Trainer
+
+CPU = torch.device("cpu")
+Function = Callable[[], Any]
+
+
+def record_fx(
+    function: Function, generators: Sequence[torch.Generator], scalars: Sequence[Tensor] = ()
+) -> tuple[Any, Callable[[], None]]:
+    """As `record_cuda_graph`: nothing has an effect before the first replay, and all results lie in fixed tensors.
+
+    `scalars`: tensors of one number that `function` changes; tracing computes with those for real.
+    """
+    spec = None
+
+    def flat() -> list[Tensor]:
+        nonlocal spec
+        leaves, spec = tree_flatten(function())
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    states, before = [generator.get_state() for generator in generators], [scalar.clone() for scalar in scalars]
+    traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)()
+    for generator, state in zip(generators, states, strict=True):
+        generator.set_state(state)
+    for scalar, value in zip(scalars, before, strict=True):
+        scalar.copy_(value)
+    (output,) = [node for node in traced.graph.nodes if node.op == "output"]
+    values = [node.meta["val"] for node in output.args[0]]
+    results = [torch.empty(tuple(value.shape), dtype=value.dtype) for value in values]
+    assert spec is not None
+
+    def replay() -> None:
+        with torch.no_grad():
+            for result, value in zip(results, traced(), strict=True):
+                result.copy_(value)
+
+    return tree_unflatten(results, spec) if results else None, replay
+
+
+def trained(
+    monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], updates: int, *, captured: bool, precision: str = "fp32"
+) -> tuple[dict[str, Any], list[str]]:
+    """What a run of some updates leaves, with its updates and decisions replayed as recorded, or run as they are."""
+    said: list[str] = []
+    monkeypatch.chdir(Path(__file__).parent)
+
+    def make_runtime(config: Any, device: torch.device) -> Runtime:
+        return Runtime(CPU, precision=precision, record=partial(record_fx, scalars=scalars), say=said.append)  # pyright: ignore[reportArgumentType]
+
+    scalars: list[Tensor] = []
+    monkeypatch.setattr(train, "make_runtime", make_runtime)
+    monkeypatch.setattr(Captured, "WARM", 2 if captured else 10**9)
+    command, _ = parse_command([*arguments, "--precision", precision], cuda=False)
+    with Trainer(command.config, None) as trainer:
+        scalars += [optimizer.steps for optimizer in trainer.optimizers]
+        before = copy.deepcopy(trainer.agent)
+        while trainer.learner.updates < updates:
+            trainer.iterate()
+        trainer.learner.settle()
+        counts = {
+            "steps": [optimizer.steps for optimizer in trainer.optimizers],
+            "noise": [each.get_state() for each in (trainer.noise, trainer.draws, trainer.act_noise)],
+            "rows": trainer.replay.added,
+        }
+        return {"before": before, "agent": trainer.agent, "counts": counts}, said
+
+
+def apart(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """How far two runs' weights are apart, as a part of how far they moved from where they began.
+
+    Not bit for bit: traced operations are taken to pieces, which round on their own.
+    """
+    moved = [x.state_dict() for x in (a["before"], a["agent"], b["agent"])]
+    names = [name for name, value in moved[0].items() if value.is_floating_point()]
+    before, one, two = (torch.cat([each[name].flatten() for name in names]) for each in moved)
+    return ((one - two).norm() / (one - before).norm()).item()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("task", [DEMO, GYM], ids=["pixels, discrete", "vector, continuous"])
+def test_updates_replayed_as_recorded_equal_those_run(
+    task: list[str], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ring fills and its head moves, Adam counts, averages and noise go on: no replay may freeze any of it."""
+    arguments = [*task, "--train-ratio", "4"]
+    (run, _), (replayed, said) = (
+        trained(monkeypatch, arguments, 12, captured=captured, precision=precision) for captured in (False, True)
+    )
+    assert {"the update is captured as one graph", "the decision is captured as one graph"} <= set(said)
+    assert run["counts"]["steps"][0] == 12
+    assert not differences(run["counts"], replayed["counts"])
+    assert apart(run, replayed) < (0.01 if precision == "fp32" else 0.1)
+
+
+def test_a_count_in_python_is_frozen_and_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above would say nothing."""
+    plain = Agent.update
+
+    def counting(self: Agent, batch: Any, noise: Any, optimizers: Any) -> Any:
+        counts.append(1)
+        optimizers.model.lr = 1e-5 * 2 ** len(counts)
+        return plain(self, batch, noise, optimizers)
+
+    counts: list[int] = []
+    monkeypatch.setattr(Agent, "update", counting)
+    run, _ = trained(monkeypatch, GYM, 8, captured=False)
+    counts.clear()
+    replayed, _ = trained(monkeypatch, GYM, 8, captured=True)
+    assert apart(run, replayed) > 0.2
+
+
+def test_what_cannot_be_captured_says_why_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host sync, as `.item()` is one."""
+    plain = Agent.update
+
+    def syncing(self: Agent, batch: Any, noise: Any, optimizers: Any) -> Any:
+        optimizers.model.lr = 1e-3 if batch["reward"].sum().item() > 1e9 else 1e-4
+        return plain(self, batch, noise, optimizers)
+
+    monkeypatch.setattr(Agent, "update", syncing)
+    (run, _), (replayed, said) = (trained(monkeypatch, GYM, 6, captured=captured) for captured in (False, True))
+    (line,) = [line for line in said if "update" in line]
+    assert line.startswith("the update could not be captured and runs uncaptured: ")
+    assert "\n" not in line
+    assert apart(run, replayed) < 0.01
+
+
+# In one graph
+
+
+def traced_update(backend: Any, spaces: Spaces, objective: str, sizes: tuple[int, int, int]) -> dict[str, Tensor]:
+    """One update of a new agent, traced whole."""
+    config = make_config("tiny", objective, sizes[:2], sizes[2])
+    torch.manual_seed(0)
+    agent = Agent(spaces, config, ops.load("fused"))
+    noise, optimizers = agent.draw_update_noise(torch.Generator().manual_seed(0)), agent.make_optimizers()
+    torch._dynamo.reset()
+    update = torch.compile(agent.update, fullgraph=True, dynamic=False, backend=backend) if backend else agent.update
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        return update(make_batch(spaces, *sizes[:2]), noise, optimizers)
+
+
+TRACES_GRADIENTS = pytest.mark.skipif(
+    not hasattr(torch._dynamo.config, "trace_autograd_ops"), reason="this PyTorch cannot trace gradients in a graph"
+)
+
+
+@TRACES_GRADIENTS
+@pytest.mark.interpreter
+@pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
+@pytest.mark.parametrize("spaces", [PIXELS, BOTH], ids=["discrete", "continuous"])
+def test_a_whole_update_traced_as_one_graph_is_the_same(spaces: Spaces, objective: str) -> None:
+    """With its three passes backward, optimisers and slow copies, on our kernels."""
+    own = traced_update(None, spaces, objective, (4, 3, 2))
+    found = traced_update("aot_eager", spaces, objective, (4, 3, 2))
+    assert own.keys() == found.keys()
+    for name, value in own.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+class _Counted(Exception):
+    pass
+
+
+@TRACES_GRADIENTS
+@pytest.mark.interpreter
+@pytest.mark.parametrize("spaces", [PIXELS, BOTH], ids=["discrete", "continuous"])
+def test_sequence_and_imagination_are_no_graph_of_thousands(spaces: Spaces) -> None:
+    """T 64 and H 15 as in a size-S update. What Dynamo finds, and what is left to compile with backward passes."""
+    counts: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: Any) -> Any:
+        counts.append(len(graph.graph.nodes))
+        raise _Counted
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        counts.append(len(graph.graph.nodes))
+        return aot_autograd(fw_compiler=compiler)(graph, inputs)
+
+    with pytest.raises(Exception, match="_Counted"):
+        traced_update(backend, spaces, "mudreamer", (16, 64, 15))
+    found, compiled = counts
+    assert found < 1200
+    assert compiled < 3000
