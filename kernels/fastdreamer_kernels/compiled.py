@@ -17,7 +17,7 @@ from fastdreamer_kernels.rssm_observe import reference as rssm_observe
 
 SHAPES = 64
 """So many shapes of one operation may be compiled: Dynamo's own limit is 8."""
-WORTH = 2**18
+WORTH = 2**19
 """Elements from which on compiled code saves more than its own call costs on a CPU."""
 
 Notify = Callable[[str], None]
