@@ -77,13 +77,16 @@ def measure(request: pytest.FixtureRequest, results: Results, benchmark: Any) ->
     """`measure(calls, **labels)` times the mean of calls and stores median and spread; gives the median in seconds.
 
     `calls` are functions of nothing that do the same work on different memory: one buffer used over and over would
-    stay in the cache.
+    stay in the cache. With `capture` they are captured on a GPU; without, they wait for their results themselves.
     """
 
-    def run(calls: Sequence[Callable[[], Any]], **labels: Any) -> float:
-        once, count = (captured(calls), CALLS) if CUDA else (calls[0], 1)
+    def run(
+        calls: Sequence[Callable[[], Any]], *, rounds: int | None = None, capture: bool = True, **labels: Any
+    ) -> float:
+        once, count = (captured(calls), CALLS) if CUDA and capture else (calls[0], 1)
         benchmark.extra_info.update(labels)
-        benchmark.pedantic(once, rounds=ROUNDS if CUDA else 10, iterations=1, warmup_rounds=3)
+        warm = 3 if capture else 1
+        benchmark.pedantic(once, rounds=rounds or (ROUNDS if CUDA else 10), iterations=1, warmup_rounds=warm)
         times = np.array(benchmark.stats.stats.data) / count
         low, median, high = np.quantile(times, [0.2, 0.5, 0.8]).tolist()
         results.add(request.module.__name__.split(".")[-1], labels | {"median_s": median, "p20_s": low, "p80_s": high})

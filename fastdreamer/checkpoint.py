@@ -40,6 +40,16 @@ class _Damaged(BadInput):
         )
 
 
+def writing_bytes(replay: int) -> int:
+    """Memory that saving takes beside what is saved, in bytes: a few chunks of rows of a replay of so many bytes, those
+    written before them, and what they are compressed into."""
+    return 3 * min(replay, _threads() * CHUNK_BYTES)
+
+
+def _threads() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
+
+
 class Checkpoints:
     """The checkpoints of the run in folder `run`, of which the newest `keep` stay.
 
@@ -129,7 +139,7 @@ class Checkpoints:
         each = max(1, CHUNK_BYTES // sum(field[0].nbytes for field in replay.fields.values()))
         first = _stop(self._chunks[-1]) if self._chunks else replay.oldest
         starts = range(first, replay.added - each + 1, each)
-        threads = min(8, len(os.sched_getaffinity(0)))
+        threads = _threads()
         # Frames of natural video deflate at some 30 MB/s a thread, and the run waits. Rows are read in this thread,
         # whose CUDA stream wrote them, and only a few chunks of them at a time.
         with ThreadPoolExecutor(threads) as pool:

@@ -458,13 +458,20 @@ class Learner:
 
 def peak_memory(device: torch.device) -> int:
     """Bytes that this process has had at the most: on a GPU what PyTorch's allocator reserved, else resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else _resident("VmHWM")
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process has now, as `peak_memory` counts them."""
+    return torch.cuda.memory_reserved(device) if device.type == "cuda" else _resident("VmRSS")
+
+
+def _resident(name: str) -> int:
     status = Path("/proc/self/status")
     if status.exists():
-        (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
+        (line,) = [line for line in status.read_text().splitlines() if line.startswith(f"{name}:")]
         return int(line.split()[1]) * 1024
     import resource
 
-    # In bytes on macOS, the one other system with this module that PyTorch runs on.
+    # Elsewhere only the peak can be asked for, in bytes on macOS.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

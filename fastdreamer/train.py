@@ -5,6 +5,7 @@ that the train ratio makes due while the environments step in their own processe
 Which weights act and what a batch may draw from follow from counters alone, whatever the timing.
 """
 
+import importlib
 import signal
 import sys
 import time
@@ -20,7 +21,7 @@ import torch
 from fastdreamer_kernels import ops
 from torch import nn
 
-from fastdreamer import envs, logger, report
+from fastdreamer import checkpoint, envs, logger, report
 from fastdreamer.agent import Agent, Carry
 from fastdreamer.checkpoint import Checkpoints, shapes
 from fastdreamer.config import BadInput, Command, Config, parse_command
@@ -41,10 +42,13 @@ from fastdreamer.runtime import (
     generator,
     peak_memory,
     prepare_process,
+    used_memory,
 )
 
 UPDATE_ROOM = 6 * 10**9
 """Bytes of a GPU that are left to weights and an update's activations when the replay is placed."""
+LOADED_LATER = ("matplotlib.figure", "torch.utils.tensorboard")
+"""Libraries that a run loads when it first draws or logs, and a dry run would not."""
 INIT_STREAM, LEARN_STREAM, ACT_STREAM, REPLAY_STREAM, PREFILL_STREAM = range(5)
 """A run's independent streams of randomness."""
 
@@ -391,26 +395,35 @@ def dry_run(config: Config) -> None:
         while trainer.replay.added < config.optim.batch_length:
             trainer.replay.add(trainer.acting(trainer.envs.recv()))
             trainer.envs.send(trainer._random_action().numpy())
-        # So many that a capture, which has memory of its own, is among them.
-        for _ in range(Captured.WARM + 2 if trainer.runtime.record else 1):
-            trainer.learner.step()
-        trainer.learner.settle()
-        # Of the replay's pages on a CPU only the filled ones are there yet.
-        capacity, own = config.replay.replay_capacity, trainer.replay
-        replay = Replay.bytes(trainer.envs.spaces, capacity)
-        filled = replay if own.device.type == "cuda" else Replay.bytes(trainer.envs.spaces, len(own))
-        state, rest = state_bytes(agent), peak_memory(trainer.device) - state_bytes(agent)
-        if own.device.type == trainer.device.type:
-            rest -= filled
-        parts = {"weights, gradients, optimisers": state, "an update and libraries": rest}
-        if own.device.type == trainer.device.type:
-            parts["replay"] = replay
+        parts = memory_parts(trainer)
         print(
             f"memory of {trainer.device}: " + ", ".join(f"{k} {size / 1e9:.2f} GB" for k, size in parts.items()), end=""
         )
         print(f", together {sum(parts.values()) / 1e9:.2f} GB at the most")
         for name, value in trainer.learner.means().items():
             print(f"{name}: {value:.4f}")
+
+
+def memory_parts(trainer: Trainer) -> dict[str, int]:
+    """What a run takes of its device's memory at the most, in bytes: makes an update, and thinks the replay full."""
+    device, replay, state = trainer.device, trainer.replay, state_bytes(trainer.agent)
+    for library in LOADED_LATER:
+        importlib.import_module(library)
+    full, lasting = Replay.bytes(trainer.envs.spaces, trainer.config.replay.replay_capacity), used_memory(device)
+    # So many that a capture, which has memory of its own, is among them.
+    for _ in range(Captured.WARM + 2 if trainer.runtime.record else 1):
+        trainer.learner.step()
+    trainer.learner.settle()
+    passing = peak_memory(device) - lasting
+    parts = {"weights, gradients, optimisers": state}
+    if replay.device.type == device.type:
+        # Of its pages on a CPU only the filled ones are there yet.
+        lasting -= full if device.type == "cuda" else Replay.bytes(trainer.envs.spaces, len(replay))
+        parts["replay"] = full
+    if device.type == "cpu":
+        passing = max(passing, checkpoint.writing_bytes(full))
+    # Weights and replay are part of what lasts; gradients and moments are made with the optimisers.
+    return parts | {"libraries and the rest": lasting - state, "an update or a checkpoint": passing}
 
 
 def print_module(name: str, module: nn.Module) -> None:

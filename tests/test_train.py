@@ -177,9 +177,34 @@ def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.Captur
     out = capsys.readouterr().out
     assert "total: 377,655 trainable parameters" in out
     assert re.search(r"encoder: [\d,]+ parameters\n    image\.convs\.0\.weight \(4, 3, 4, 4\)", out)
-    assert re.search(r"memory of cpu: weights.*, an update and libraries .*replay 0\.02 GB, together", out)
+    assert re.search(r"memory of cpu: weights.*, replay 0\.02 GB, .*an update or a checkpoint .*, together", out)
     assert re.search(r"loss/model: \d+\.\d+", out)
     assert not (tmp_path / "none").exists()
+
+
+PEAK = """
+import sys
+import torch
+from fastdreamer import train
+from fastdreamer.runtime import peak_memory
+assert train.main(sys.argv[1:]) == 0
+print("peak", peak_memory(torch.device("cpu")))
+"""
+
+
+@pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
+def test_dry_run_predicts_peak_memory(compile: str, tmp_path: Path) -> None:
+    """Within a tenth, with a replay that the run fills."""
+    arguments = [*DEMO, compile, "--batch-size", "16", "--batch-length", "16", "--replay-capacity", "20000"]
+    arguments += ["--prefill", "19500", "--frames", "20500", "--envs", "32", "--log-every", "100000"]
+    command = [sys.executable, "-c", PEAK, *arguments, "--logdir", str(tmp_path)]
+    outs = [
+        subprocess.run([*command, *more], capture_output=True, text=True, cwd=HERE, check=True).stdout
+        for more in (["--dry-run"], [])
+    ]
+    (predicted,) = re.findall(r"together (\d+\.\d+) GB at the most", outs[0])
+    (peak,) = re.findall(r"^peak (\d+)", outs[1], re.MULTILINE)
+    assert float(predicted) == pytest.approx(int(peak) / 1e9, rel=0.1)
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["loss", "weights"])

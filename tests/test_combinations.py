@@ -1,0 +1,102 @@
+"""Any combination of --kernels, --precision and --compile trains, and their losses agree."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_train import DEMO, GYM
+
+from fastdreamer import runtime, train
+from fastdreamer.config import parse_command
+from fastdreamer.train import Trainer
+
+COMBINATIONS = [*itertools.product(["reference", "fused", "auto"], ["fp32", "bf16"], [False, True])]
+CLOSE = {"fp32": 1e-3, "bf16": 0.1}
+"""How far the losses of the first update may be from those of the eager float32 reference, or from 1 where smaller."""
+
+
+@pytest.fixture(autouse=True)
+def _beside_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent)
+
+
+def losses(task: list[str], kernels: str, precision: str, compile: bool) -> tuple[dict[str, float], list[float]]:
+    """Losses of the first update, and whatever is in the metrics of two more."""
+    flags = ["--kernels", kernels, "--precision", precision, "--compile" if compile else "--no-compile"]
+    command, _ = parse_command([*task, *flags], cuda=False)
+    with Trainer(command.config, None) as trainer:
+        while trainer.learner.updates < 1:
+            trainer.iterate()
+        trainer.learner.settle()
+        first = {name: value for name, value in trainer.learner.means().items() if name.startswith("loss/")}
+        while trainer.learner.updates < 3:
+            trainer.iterate()
+        trainer.learner.settle()
+        return first, [*trainer.learner.means().values()]
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("task", [DEMO, GYM], ids=["pixels, discrete", "vector, continuous"])
+def test_every_combination_trains_alike(
+    task: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Small inputs, too, so that something is compiled at this size.
+    monkeypatch.setattr(runtime, "WORTH", 4096)
+    torch._dynamo.reset()
+    expected, _ = losses(task, "reference", "fp32", False)
+    assert len(expected) >= 8
+    for kernels, precision, compile in COMBINATIONS:
+        found, later = losses(task, kernels, precision, compile)
+        assert found.keys() == expected.keys()
+        for name, value in found.items():
+            apart = abs(value - expected[name]) / max(1, abs(expected[name]))
+            assert apart <= CLOSE[precision], (kernels, precision, compile, name, value, expected[name])
+        assert np.isfinite(later).all()
+    assert "compiling layer_norm_act" in capsys.readouterr().out or task is GYM
+
+
+def test_a_compiled_run_resumes_without_and_the_reverse(tmp_path: Path) -> None:
+    for first, second in ((True, False), (False, True)):
+        flags = [
+            ["--compile" if on else "--no-compile", "--precision", "bf16" if on else "fp32"] for on in (first, second)
+        ]
+        folder = tmp_path / str(first)
+        command, _ = parse_command([*GYM, *flags[0], "--logdir", str(folder)], cuda=False)
+        assert train.main([*GYM, *flags[0], "--frames", "60", "--logdir", str(folder)]) == 0
+        (run,) = folder.iterdir()
+        assert train.main(["--resume", str(run), "--frames", "80", *flags[1]]) == 0
+        assert command.config.run.compile is first
+
+
+def test_auto_takes_bf16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+
+    def precision(*flags: str) -> str:
+        command, _ = parse_command(["--preset", "demo", *flags], cuda=False)
+        return train.make_runtime(command.config, cpu).precision
+
+    monkeypatch.setattr(train, "prepare_process", lambda *_, **__: None)
+    monkeypatch.setattr(train, "fast_bf16", lambda _: True)
+    assert precision("--size", "S", "--compile") == "bf16"
+    assert precision("--size", "S") == "fp32"
+    assert precision("--compile") == "fp32"
+    assert precision("--compile", "--precision", "bf16") == "bf16"
+    monkeypatch.setattr(train, "fast_bf16", lambda _: False)
+    assert precision("--size", "S", "--compile") == "fp32"
+
+
+def test_without_a_compiler_it_says_so_and_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def nothing() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", nothing)
+    monkeypatch.setattr(runtime, "WORTH", 0)
+    _, later = losses(GYM, "reference", "fp32", True)
+    assert np.isfinite(later).all()
+    assert "nothing is compiled: there is no C++ compiler" in capsys.readouterr().out
