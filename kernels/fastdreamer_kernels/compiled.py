@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdreamer_kernels.ops import Ops
+from fastdreamer_kernels.rssm_observe import hoisted
 from fastdreamer_kernels.rssm_observe import reference as rssm_observe
 
 SHAPES = 64
@@ -27,8 +28,8 @@ Notify = Callable[[str], None]
 def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
     """`plain` operations with the elementwise ones compiled, for inputs of at least so many elements.
 
-    The others are left: they are single kernels already (the gather), or too small a part. With `least` 0 the posterior
-    sequence's step is compiled as well.
+    The others are left: they are single kernels already (the gather), or too small a part. The posterior sequence has
+    its products taken out of the loop; with `least` 0 its step is compiled instead, as a captured graph wants it.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     build = functools.partial(_Compiled, notify=notify, least=least)
@@ -55,6 +56,7 @@ def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
         layer_norm_act=layer_norm_rows,
         twohot_loss=twohot_loss_rows,
         twohot_mean=twohot_mean_rows,
+        rssm_observe=hoisted.rssm_observe,
     )
     if least == 0:
         step = build(rssm_observe.observe_step)
@@ -75,14 +77,15 @@ class _Compiled:
         self._fast = torch.compile(plain, fullgraph=True, dynamic=False)
         self._seen: set[tuple[Any, ...]] = set()
 
-    def __call__(self, first: Tensor, *args: Any, **options: Any) -> Any:
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        first: Tensor = args[0] if args else next(iter(options.values()))
         if first.numel() < self.least:
-            return self.plain(first, *args, **options)
+            return self.plain(*args, **options)
         key = (first.shape, first.dtype, first.requires_grad, torch.is_grad_enabled())
         if key not in self._seen:
             self._seen.add(key)
             self.notify(f"{self.plain.__name__} {tuple(first.shape)}")
-        return self._fast(first, *args, **options)
+        return self._fast(*args, **options)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""Operations as `--compile` has them on a CPU: compiled one by one, the posterior sequence's products hoisted."""
+
+import pytest
+import torch
+from fastdreamer_kernels import ops
+from fastdreamer_kernels.cases import Case
+from fastdreamer_kernels.compare import compare, failures
+from fastdreamer_kernels.compiled import compiled
+from fastdreamer_kernels.rssm_observe import hoisted, reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+PLAIN = ops.load("reference")
+
+
+def observe(*sizes: int) -> Case:
+    names = (
+        "batch", "length", "embed", "action", "deter", "units", "stoch", "classes", "batch_norm", "batch_stats",
+    )  # fmt: skip
+    return Case("rssm_observe", "", dict(zip(names, sizes, strict=True)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        observe(5, 6, 6, 2, 36, 40, 5, 7, 1, 1),
+        observe(4, 3, 5, 2, 20, 36, 3, 33, 0, 0),
+        observe(3, 4, 5, 1, 18, 36, 4, 4, 1, 0),
+        observe(1, 1, 1, 1, 3, 2, 1, 2, 0, 0),
+    ],
+    ids=["BatchNorm", "LayerNorm", "running", "one row"],
+)
+def test_products_out_of_the_loop_are_as_exact_as_in_it(case: Case, dtype: torch.dtype) -> None:
+    assert not list(failures(compare(hoisted.rssm_observe, reference.rssm_observe, case, dtype, seeds=range(8))))
+
+
+def test_hoisted_gradients_repeat() -> None:
+    """What a backward pass collected is gone when the next one begins, also of the same forward pass."""
+    case = observe(3, 4, 5, 2, 8, 9, 2, 3, 1, 1)
+    inputs = case.inputs(torch.float32)
+    weights = reference.Weights(*(inputs.pop(name).requires_grad_() for name in reference.Weights._fields))
+    running = reference.Running(inputs.pop("running_mean"), inputs.pop("running_var"), 0.1, 1e-3)
+    out = hoisted.rssm_observe(**inputs, weights=weights, running=running)
+    first, again = (torch.autograd.grad(out.deter.sum(), weights.gates, retain_graph=True)[0] for _ in range(2))
+    assert first.abs().sum() > 0
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm_act", "", {"rows": 33, "columns": 20}),
+        Case("gru_gates", "", {"rows": 9, "deter": 12}),
+        Case("sample_onehot", "", {"rows": 7, "stoch": 3, "classes": 5}),
+        Case("twohot_loss", "", {"rows": 11, "bins": 21}),
+        Case("twohot_mean", "", {"rows": 11, "bins": 21}),
+    ],
+    ids=lambda case: case.operation,
+)
+def test_a_compiled_operation_is_as_exact_as_its_reference(case: Case) -> None:
+    told: list[str] = []
+    torch._dynamo.reset()
+    fast = getattr(compiled(PLAIN, told.append, least=1), case.operation)
+    # One shape: its seeds are compiled once, forward and backward.
+    for dtype in DTYPES:
+        assert not list(failures(compare(fast, getattr(PLAIN, case.operation), case, dtype, seeds=range(8))))
+    assert told
+    assert all(line.startswith(case.operation) for line in told)
+
+
+def test_small_inputs_are_left_alone() -> None:
+    told: list[str] = []
+    fast = compiled(PLAIN, told.append)
+    x, weight, bias = torch.randn(10, 4), torch.ones(4), torch.zeros(4)
+    assert torch.equal(fast.layer_norm_act(x, weight, bias, 1e-3), PLAIN.layer_norm_act(x, weight, bias, 1e-3))
+    assert not told
