@@ -81,11 +81,15 @@ def measure(request: pytest.FixtureRequest, results: Results, benchmark: Any) ->
     """
 
     def run(
-        calls: Sequence[Callable[[], Any]], *, rounds: int | None = None, capture: bool = True, **labels: Any
+        calls: Sequence[Callable[[], Any]],
+        *,
+        rounds: int | None = None,
+        capture: bool = True,
+        warm: int = 3,
+        **labels: Any,
     ) -> float:
         once, count = (captured(calls), CALLS) if CUDA and capture else (calls[0], 1)
         benchmark.extra_info.update(labels)
-        warm = 3 if capture else 1
         benchmark.pedantic(once, rounds=rounds or (ROUNDS if CUDA else 10), iterations=1, warmup_rounds=warm)
         times = np.array(benchmark.stats.stats.data) / count
         low, median, high = np.quantile(times, [0.2, 0.5, 0.8]).tolist()

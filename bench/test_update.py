@@ -87,7 +87,7 @@ def test_update(way: Any, measure: Measure, benchmark: Any, request: pytest.Fixt
     learner.settle()
     benchmark.group = f"update, size {config.size}"
     labels = {"operation": "update", "case": f"{config.size}, B 16, T 64, H 15, pixels", "implementation": name}
-    measure([synchronised(learner.step)], rounds=200 if CUDA else 5, capture=False, **labels)
+    measure([synchronised(learner.step)], rounds=200 if CUDA else 5, warm=1, capture=False, **labels)
     learner.settle()
     assert all(np.isfinite(value) for value in learner.means().values())
 

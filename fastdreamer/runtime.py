@@ -297,6 +297,9 @@ class Acting:
             else:
                 self._rows = rows
             self._step()
+        if self._stream is not None:
+            # Whoever stores the rows does so after they have come, and before the next ones do (`refresh`).
+            torch.cuda.current_stream().wait_stream(self._stream)
         return rows
 
     def actions(self) -> np.ndarray:
@@ -310,11 +313,9 @@ class Acting:
             tree_map(lambda old, new: old.copy_(new), self.carry, carry)
 
     def refresh(self) -> None:
-        """The learner's stream waits for what was decided on; from now on its present weights act."""
+        """From now on the learner's present weights act; what it did with the last rows comes before the next ones."""
         if self._agent is self._source:
             return
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
         with torch.no_grad():
             mine, theirs = ([*agent.parameters(), *agent.buffers()] for agent in (self._agent, self._source))
             torch._foreach_copy_(mine, theirs)  # pyright: ignore
@@ -427,11 +428,13 @@ class Learner:
         self._names = list(metrics)
         return torch.stack([value.float() for value in metrics.values()])
 
-    def settle(self) -> None:
-        """Reads the metrics of the last issued update. Raises NonFinite where a loss or gradient is not finite."""
+    def settle(self, *, wait: bool = True) -> None:
+        """Reads the metrics of the last issued update (without `wait`: if it has run). Raises NonFinite."""
         if self._pending is None:
             return
         update, names, values, event = self._pending
+        if not wait and event is not None and not event.query():
+            return
         self._pending = None
         if event is not None:
             event.synchronize()

@@ -221,14 +221,13 @@ class Trainer:
         if self.decisions < self.config.replay.prefill:
             self.acting.replace(Carry(self.carry.state, self._random_action().to(self.device)))
         action = self.acting.actions()
-        # The updates before the weights that acted have run, so this does not wait; and what is not finite must not
-        # reach environments.
-        self.learner.settle()
+        # The updates that made the weights that acted have run: what is not finite must not reach environments.
+        self.learner.settle(wait=False)
         if not np.isfinite(action).all():
             raise NonFinite(self.learner.updates, "the policy's action", float("nan"))
         self.envs.send(action)
-        self.acting.refresh()
         self.replay.add(rows)
+        self.acting.refresh()
         while self.learner.updates < self.updates_due:
             self.learner.step()
         self.pending = self.envs.recv()

@@ -93,13 +93,19 @@ def test_batches_copied_ahead_are_those_drawn() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("replay_device", ["auto", "cpu"])
 @pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
-def test_trains_on_a_gpu(replay_device: str, objective: str) -> None:
+@pytest.mark.parametrize("compile", ["compile", "no-compile"])
+def test_trains_on_a_gpu(replay_device: str, objective: str, compile: str, capsys: pytest.CaptureFixture[str]) -> None:
     from fastdreamer.train import Trainer
 
     arguments = f"--preset demo --device cuda --replay-device {replay_device} --prefill 20 --objective {objective}"
+    arguments += f" --{compile}"
     command, _ = parse_command(arguments.split(), cuda=True)
     with Trainer(command.config, None) as trainer:
         while trainer.learner.updates < 10:
             trainer.iterate()
         trainer.learner.settle()
         assert all(np.isfinite(value) for value in trainer.learner.means().values())
+    said = capsys.readouterr().out
+    assert ("the update is captured as one graph" in said) == (compile == "compile")
+    assert ("the decision is captured as one graph" in said) == (compile == "compile")
+    assert "could not be" not in said
