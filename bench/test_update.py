@@ -18,7 +18,8 @@ from torch import Tensor
 from fastdreamer.agent import Agent
 from fastdreamer.config import Config, defaults
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.runtime import Acting, Captured, Learner, Runtime, fast_bf16, generator, prepare_process
+from fastdreamer.replay import Replay
+from fastdreamer.runtime import Acting, Batches, Captured, Learner, Runtime, fast_bf16, generator, prepare_process
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SPACES = Spaces(image=True, vector=0, action=6, discrete=False)
@@ -90,6 +91,44 @@ def test_update(way: Any, measure: Measure, benchmark: Any, request: pytest.Fixt
     measure([synchronised(learner.step)], rounds=200 if CUDA else 5, warm=1, capture=False, **labels)
     learner.settle()
     assert all(np.isfinite(value) for value in learner.means().values())
+
+
+@pytest.mark.parametrize("place", ["device", "host memory"])
+def test_replay(place: str, measure: Measure, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    """An update with its batch, drawn from a replay on the device or copied from the host beside the one before."""
+    if not CUDA:
+        pytest.skip("on a CPU the replay and the learner share their memory")
+    config, operations = config_of(request), ops.load("fused", DEVICE)
+    runtime, agent = make(config, "fused", True, "bf16")
+    source = DEVICE if place == "device" else torch.device("cpu")
+    replay = Replay(
+        SPACES, 16, 100_000, device=source, pin=source != DEVICE,
+        images=torch.float32 if source == DEVICE else torch.uint8,
+        gather=(operations if source == DEVICE else ops.load("reference")).gather_sequences,
+    )  # fmt: skip
+    for field in replay.fields.values():
+        field.copy_(torch.randint(0, 2, field.shape).to(field.dtype))
+    replay.restore(replay.slots)
+    optimizers, noise, draws = agent.make_optimizers(), generator(DEVICE, 0, 0), generator(source, 0, 1)
+
+    def draw() -> dict[str, Tensor]:
+        uniform = torch.rand(config.optim.batch_size, dtype=torch.float64, generator=draws, device=source)
+        return replay.sample(uniform, config.optim.batch_length)
+
+    batches, update = Batches(draw, source, DEVICE), runtime.whole(agent.update)
+
+    def once() -> Any:
+        batch, drawn = batches(), agent.draw_update_noise(noise)
+        with runtime.autocast():
+            return update(batch, drawn, optimizers)
+
+    generators = [noise, draws] if source == DEVICE else [noise]
+    learner = Learner(once, runtime=runtime, generators=generators, advance=batches.advance)
+    for _ in range(Captured.WARM + 2):
+        learner.step()
+    benchmark.group = f"update with its batch, size {config.size}"
+    labels = {"operation": "update with its batch", "case": config.size, "implementation": f"replay in {place}"}
+    measure([learner.step], rounds=200, warm=20, capture=False, **labels)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 16])

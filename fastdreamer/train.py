@@ -393,6 +393,7 @@ def dry_run(config: Config) -> None:
         print(f"total: {total:,} trainable parameters")
         while trainer.replay.added < config.optim.batch_length:
             trainer.replay.add(trainer.acting(trainer.envs.recv()))
+            trainer.acting.refresh()
             trainer.envs.send(trainer._random_action().numpy())
         parts = memory_parts(trainer)
         print(

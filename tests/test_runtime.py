@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdreamer import train
 from fastdreamer.config import BadInput, parse_command
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.runtime import Batches, Learner, NonFinite, Stager, choose_device, generator
+from fastdreamer.runtime import Batches, Learner, NonFinite, Stager, choose_device, first_line, generator
 
 CPU = torch.device("cpu")
 
@@ -72,6 +73,47 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
     with pytest.raises(BadInput, match="--device cpu"):
         choose_device("cuda")
     assert choose_device("auto") == CPU
+
+
+def test_the_replay_goes_where_there_is_room(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cuda, spaces = torch.device("cuda"), Spaces(image=True, vector=0, action=6, discrete=False)
+
+    def place(free: float, *flags: str) -> torch.device:
+        command, _ = parse_command(["--task", "dmc/walker_walk", *flags], cuda=False)
+        monkeypatch.setattr(train, "available_memory", lambda _: int(free))
+        return train.choose_replay_device(command.config, spaces, cuda)
+
+    # A million steps of pixels are 12.3 GB.
+    assert place(24e9) == cuda
+    assert place(16e9) == CPU
+    assert "does not fit on cuda beside an update (12.3 of 16.0 GB)" in capsys.readouterr().out
+    assert place(16e9, "--replay-capacity", "500000") == cuda
+    assert place(80e9, "--replay-device", "cpu") == CPU
+
+
+def test_batches_from_elsewhere_lie_in_the_same_tensors() -> None:
+    """As a captured update needs them; each is drawn while the one before is used."""
+    drawn: list[Tensor] = []
+
+    def draw() -> dict[str, Tensor]:
+        drawn.append(torch.randn(4))
+        return {"x": drawn[-1]}
+
+    batches = Batches(draw, torch.device("meta"), CPU)
+    places = set()
+    for i in range(5):
+        batches.advance()
+        assert len(drawn) == i + 2
+        assert torch.equal(batches()["x"], drawn[i])
+        places.add(batches()["x"].data_ptr())
+    assert len(places) == 1
+
+
+def test_an_error_is_one_line() -> None:
+    assert first_line(RuntimeError("\n  out of memory \nsecond")) == "RuntimeError: out of memory"
+    assert first_line(ValueError()) == "ValueError"
 
 
 @pytest.mark.gpu
