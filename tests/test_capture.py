@@ -154,7 +154,9 @@ def test_what_cannot_be_captured_says_why_and_goes_on(monkeypatch: pytest.Monkey
 # In one graph
 
 
-def traced_update(backend: Any, spaces: Spaces, objective: str, sizes: tuple[int, int, int]) -> dict[str, Tensor]:
+def traced_update(
+    backend: Any, spaces: Spaces, objective: str, sizes: tuple[int, int, int], precision: Any = "fp32"
+) -> dict[str, Tensor]:
     """One update of a new agent, traced whole."""
     config = make_config("tiny", objective, sizes[:2], sizes[2])
     torch.manual_seed(0)
@@ -162,7 +164,7 @@ def traced_update(backend: Any, spaces: Spaces, objective: str, sizes: tuple[int
     noise, optimizers = agent.draw_update_noise(torch.Generator().manual_seed(0)), agent.make_optimizers()
     torch._dynamo.reset()
     update = torch.compile(agent.update, fullgraph=True, dynamic=False, backend=backend) if backend else agent.update
-    with torch._dynamo.config.patch(trace_autograd_ops=True):
+    with torch._dynamo.config.patch(trace_autograd_ops=True), Runtime(CPU, precision=precision).autocast():
         return update(make_batch(spaces, *sizes[:2]), noise, optimizers)
 
 
@@ -182,6 +184,18 @@ def test_a_whole_update_traced_as_one_graph_is_the_same(spaces: Spaces, objectiv
     assert own.keys() == found.keys()
     for name, value in own.items():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@TRACES_GRADIENTS
+@pytest.mark.interpreter
+@pytest.mark.slow
+@pytest.mark.parametrize("spaces", [PIXELS, BOTH], ids=["discrete", "continuous"])
+def test_a_whole_update_compiled_in_bfloat16_is_the_same(spaces: Spaces) -> None:
+    """Inductor's code for what lies between the kernels, under autocast as on a GPU."""
+    own = traced_update(None, spaces, "mudreamer", (4, 3, 2), "bf16")
+    found = traced_update("inductor", spaces, "mudreamer", (4, 3, 2), "bf16")
+    for name, value in own.items():
+        torch.testing.assert_close(found[name], value, rtol=0.02, atol=0.01, msg=name)
 
 
 class _Counted(Exception):
