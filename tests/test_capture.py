@@ -175,8 +175,9 @@ TRACES_GRADIENTS = pytest.mark.skipif(
 
 @TRACES_GRADIENTS
 @pytest.mark.interpreter
-@pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
-@pytest.mark.parametrize("spaces", [PIXELS, BOTH], ids=["discrete", "continuous"])
+@pytest.mark.parametrize(
+    ("spaces", "objective"), [(PIXELS, "mudreamer"), (BOTH, "dreamerv3")], ids=["discrete", "continuous"]
+)
 def test_a_whole_update_traced_as_one_graph_is_the_same(spaces: Spaces, objective: str) -> None:
     """With its three passes backward, optimisers and slow copies, on our kernels."""
     own = traced_update(None, spaces, objective, (4, 3, 2))

@@ -12,8 +12,13 @@ from fastdreamer import runtime, train
 from fastdreamer.config import parse_command
 from fastdreamer.train import Trainer
 
-# What `auto` takes is one of the two.
-COMBINATIONS = [*itertools.product(["reference", "fused"], ["fp32", "bf16"], [False, True]), ("auto", "fp32", False)]
+# What `auto` takes is one of the two. The interpreter is slow: of the kernels' four, those that differ most.
+COMBINATIONS = [
+    *itertools.product(["reference"], ["fp32", "bf16"], [False, True]),
+    ("auto", "fp32", False),
+    ("fused", "fp32", False),
+    ("fused", "bf16", True),
+]
 CLOSE = {"fp32": 1e-3, "bf16": 0.1}
 """How far the losses of the first update may be from those of the eager float32 reference, or from 1 where smaller."""
 
