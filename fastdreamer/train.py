@@ -421,7 +421,9 @@ def memory_parts(trainer: Trainer) -> dict[str, int]:
         lasting -= full if device.type == "cuda" else Replay.bytes(trainer.envs.spaces, len(replay))
         parts["replay"] = full
     if device.type == "cpu":
-        passing = max(passing, checkpoint.writing_bytes(full))
+        # Memory that an update freed serves a checkpoint next, but not where it was kept in pieces.
+        writing = checkpoint.writing_bytes(full)
+        passing = passing + writing if trainer.runtime.compile else max(passing, writing)
     # Weights and replay are part of what lasts; gradients and moments are made with the optimisers.
     return parts | {"libraries and the rest": lasting - state, "an update or a checkpoint": passing}
 
