@@ -192,7 +192,8 @@ print("peak", peak_memory(torch.device("cpu")))
 """
 
 
-@pytest.mark.parametrize("compile", ["--compile", pytest.param("--no-compile", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
 def test_dry_run_predicts_peak_memory(compile: str, tmp_path: Path) -> None:
     """Within a tenth, with a replay that the run fills."""
     arguments = [*DEMO, compile, "--batch-size", "16", "--batch-length", "16", "--replay-capacity", "20000"]
