@@ -35,7 +35,7 @@ FUSED = ["fused", "resident 32", "resident 64", "streaming 32", "streaming 64", 
 
 @triton.jit
 def meetings_kernel(x_ptr, counter_ptr, times, programs):
-    """Programs that meet and do nothing else. The counter starts at zero and is set back at the end."""
+    """Programs that meet and do nothing else. The counter starts at zero."""
     met = 0
     for _ in range(times):
         met += programs

@@ -59,8 +59,8 @@ def launch(
 
     `together`: all programs run at the same time, so that they can wait for each other. The driver starts none before
     there is room for all, whatever other streams do, and refuses a grid that could never have it. Nothing may be read
-    ahead of a meeting, so loops are not pipelined. `maxnreg`: registers a
-    thread, where the assembler would rather spill.
+    ahead of a meeting, so loops are not pipelined. `maxnreg`: registers a thread, where the
+    assembler would rather spill.
     """
     options: dict[str, Any] = {"enable_fp_fusion": True}
     if together:

@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdreamer_kernels.batch_norm_act.reference import batch_norm_act
 from fastdreamer_kernels.gru_gates.reference import gru_gates
 from fastdreamer_kernels.layer_norm_act.reference import layer_norm_act
-from fastdreamer_kernels.rssm_observe.reference import Observed, Running, Weights
+from fastdreamer_kernels.rssm_observe.reference import Observed, Running, Weights, representation_norm
 from fastdreamer_kernels.sample_onehot.reference import sample_onehot
 
 
@@ -94,20 +93,7 @@ def rssm_observe(
         pre = layer_norm_act(inp(z.flatten(1)) + a, w.inp_scale, w.inp_shift, eps)
         h = gru_gates(gates(torch.cat([pre, h.to(dtype)], -1)), h, w.gates_scale, w.gates_shift, eps)
         # Representation network
-        pre = hidden(h.to(dtype)) + x
-        if running is None:
-            pre = layer_norm_act(pre, w.hidden_scale, w.hidden_shift, eps)
-        else:
-            pre = batch_norm_act(
-                pre,
-                w.hidden_scale,
-                w.hidden_shift,
-                running.mean,
-                running.var,
-                batch_stats=batch_stats,
-                momentum=running.momentum,
-                eps=running.eps,
-            )
+        pre = representation_norm(hidden(h.to(dtype)) + x, w, running, batch_stats=batch_stats, eps=eps)
         logits = (out(pre) + out_bias).view(-1, *stoch.shape)
         z = sample_onehot(logits, u, unimix)
         states.append((h, z, logits))

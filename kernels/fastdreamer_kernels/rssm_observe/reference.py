@@ -121,18 +121,22 @@ def observe_step(
     h = gru_gates(F.linear(pre, weights.gates.to(dtype)), h, weights.gates_scale, weights.gates_shift, eps)
     # Representation network
     pre = F.linear(torch.cat([h.to(dtype), x], -1), weights.hidden.to(dtype))
-    if running is None:
-        hidden = layer_norm_act(pre, weights.hidden_scale, weights.hidden_shift, eps)
-    else:
-        hidden = batch_norm_act(
-            pre,
-            weights.hidden_scale,
-            weights.hidden_shift,
-            running.mean,
-            running.var,
-            batch_stats=batch_stats,
-            momentum=running.momentum,
-            eps=running.eps,
-        )
+    hidden = representation_norm(pre, weights, running, batch_stats=batch_stats, eps=eps)
     logits = F.linear(hidden, weights.out.to(dtype), weights.out_bias.to(dtype)).view(-1, *stoch.shape)
     return Step(h, sample_onehot(logits, u, unimix), logits)
+
+
+def representation_norm(pre: Tensor, w: Weights, running: Running | None, *, batch_stats: bool, eps: float) -> Tensor:
+    """The representation network's norm and SiLU, of its hidden layer's product (B, U)."""
+    if running is None:
+        return layer_norm_act(pre, w.hidden_scale, w.hidden_shift, eps)
+    return batch_norm_act(
+        pre,
+        w.hidden_scale,
+        w.hidden_shift,
+        running.mean,
+        running.var,
+        batch_stats=batch_stats,
+        momentum=running.momentum,
+        eps=running.eps,
+    )
