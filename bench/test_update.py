@@ -18,8 +18,9 @@ from torch import Tensor
 from fastdreamer.agent import Agent
 from fastdreamer.config import Config, defaults
 from fastdreamer.envs.base import Spaces, Step
+from fastdreamer.evaluate import make_acting
 from fastdreamer.replay import Replay
-from fastdreamer.runtime import Acting, Batches, Captured, Learner, Runtime, fast_bf16, generator, prepare_process
+from fastdreamer.runtime import Batches, Captured, Learner, Runtime, fast_bf16, generator, prepare_process
 
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 SPACES = Spaces(image=True, vector=0, action=6, discrete=False)
@@ -139,13 +140,7 @@ def test_decision(way: Any, rows: int, measure: Measure, benchmark: Any, request
     config = config_of(request)
     runtime, agent = make(config, kernels, compile, precision)
     noise, step = generator(DEVICE, 0, 1), Step.empty(rows, SPACES)
-    acting = Acting(
-        runtime,
-        agent,
-        lambda agent, seen, carry: agent.act(seen, carry, agent.draw_act_noise(rows, noise)),
-        agent.initial_carry(rows, DEVICE),
-        [noise],
-    )
+    acting = make_acting(runtime, agent, rows, noise)
 
     def decide() -> np.ndarray:
         acting(step)

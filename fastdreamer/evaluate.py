@@ -45,6 +45,17 @@ class Evaluation:
         return float(np.std(self.returns))
 
 
+def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generator) -> Acting:
+    """The agent's decisions in `count` environments, drawn from `noise`, from their first rows on."""
+    return Acting(
+        runtime,
+        agent,
+        lambda agent, rows, carry: agent.act(rows, carry, agent.draw_act_noise(count, noise)),
+        agent.initial_carry(count, runtime.device),
+        [noise],
+    )
+
+
 def evaluate(
     agent: Agent,
     config: Config,
@@ -66,13 +77,7 @@ def evaluate(
     env = replace(config.env, envs=count)
     with envs.make(config.task, env, config.seed + SEED_OFFSET, evaluation=True) as environments:
         total = np.zeros(count)
-        acting = Acting(
-            runtime,
-            agent,
-            lambda agent, rows, carry: agent.act(rows, carry, agent.draw_act_noise(count, noise)),
-            agent.initial_carry(count, runtime.device),
-            [noise],
-        )
+        acting = make_acting(runtime, agent, count, noise)
         while not stopped():
             step = environments.recv()
             # An episode that begins without the last one's end was cut short by a crash: it does not count.

@@ -27,11 +27,10 @@ from fastdreamer.checkpoint import Checkpoints, shapes
 from fastdreamer.config import BadInput, Command, Config, parse_command
 from fastdreamer.envs import rendering
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.evaluate import dream, evaluate, video
+from fastdreamer.evaluate import dream, evaluate, make_acting, video
 from fastdreamer.replay import Replay, available_memory, describe
 from fastdreamer.rssm import State
 from fastdreamer.runtime import (
-    Acting,
     Batches,
     Captured,
     Learner,
@@ -151,15 +150,7 @@ class Trainer:
                 generators=[self.noise, self.draws] if near else [self.noise],
                 advance=self.batches.advance,
             )
-            self.acting = Acting(
-                self.runtime,
-                self.agent,
-                lambda agent, rows, carry: agent.act(
-                    rows, carry, agent.draw_act_noise(config.env.envs, self.act_noise)
-                ),
-                self.agent.initial_carry(config.env.envs, self.device),
-                [self.act_noise],
-            )
+            self.acting = make_acting(self.runtime, self.agent, config.env.envs, self.act_noise)
             self.returns = np.zeros(config.env.envs)
             self.lengths = np.zeros(config.env.envs, np.int64)
             self.logged_at = 0
