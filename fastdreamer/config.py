@@ -188,7 +188,8 @@ class Config:
     preset: Literal["demo", "dmc", "atari", "general"]
     """Defaults for a kind of task; chosen by `--task` (or by whether there is a GPU) unless given."""
     task: str
-    """dmc/<domain>_<task>, atari/<game>, envpool/<Id>, gym/<Id> or gym/<module>:<Id>."""
+    """dmc/<domain>_<task>, atari/<game>, envpool/<Id>, gym/<Id> or gym/<module>:<Id>; synthetic/continuous or
+    synthetic/discrete for rows that cost nothing."""
     size: Literal["tiny", "XS", "S", "M", "L", "XL"] = "S"
     objective: Literal["mudreamer", "dreamerv3"] = "mudreamer"
     """Sets the heads, the norm and the KL weights together."""

@@ -22,6 +22,7 @@ TIERS = (
     {"agent"},
     {"evaluate"},
     {"train"},
+    {"workload"},
 )
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 LEARNER = (

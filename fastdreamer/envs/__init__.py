@@ -13,7 +13,7 @@ from fastdreamer.envs.protocol import Job
 
 __all__ = ["Environments", "Spaces", "Step", "build", "make", "tasks"]
 
-FAMILIES = ("dmc", "atari", "envpool", "gym")
+FAMILIES = ("dmc", "atari", "envpool", "gym", "synthetic")
 
 
 def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -> Environments:
@@ -75,6 +75,10 @@ def build(job: Job) -> BatchEnv:
         from fastdreamer.envs import envpool
 
         return envpool.build(name, config, seed, count, first_index)
+    if family == "synthetic":
+        from fastdreamer.envs import synthetic
+
+        return synthetic.build(name, config, seed, count, first_index)
     from fastdreamer.envs import gym
 
     return gym.build(name, config, seed, count, first_index)
