@@ -67,12 +67,14 @@ def configure(
 
 @contextmanager
 def ready(config: Config) -> Iterator[Trainer]:
-    """The trainer of a run that writes nothing, its replay full of random rows; it says nothing.
+    """The trainer of a run that writes nothing, its replay full of random rows.
 
     `trainer.learner.step()` is an update, `trainer.acting(step)` a decision, `trainer.iterate()` a turn of the loop.
     """
     torch._dynamo.reset()
-    with redirect_stdout(StringIO()), Trainer(config, None) as trainer:
+    with redirect_stdout(StringIO()):
+        trainer = Trainer(config, None)
+    with trainer:
         fill(trainer)
         yield trainer
 
