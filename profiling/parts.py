@@ -98,16 +98,17 @@ class Parts:
         """Has every node of a loss's graph open the range of its part before it runs.
 
         The range stays open until a node of another part runs: sums of gradients belong to the node before them.
+        Losses may share nodes.
         """
-        todo, seen = [loss.grad_fn], set()
+        todo = [loss.grad_fn]
         while todo:
             node = todo.pop()
-            if node is None or node in seen:
+            if node is None or self in node.metadata:
                 continue
-            seen.add(node)
             todo += [following for following, _ in node.next_functions]
             at = bisect.bisect_right(self._starts, node._sequence_nr()) - 1
             name = (self._names[at] if at >= 0 else REST) + BACKWARD
+            node.metadata[self] = name
             node.register_prehook(lambda _, name=name: self._backward(name))
 
     def _forward(self) -> None:
@@ -156,9 +157,9 @@ def attach(parts: Parts, agent: Agent, optimizers: Optimizers) -> None:
     for optimizer in optimizers:
         step = parts.within("optimise", optimizer.step, around=True)
 
-        def attributed(loss: Tensor, step: Callable[[Tensor], Tensor] = step) -> Tensor:
+        def attributed(loss: Tensor, step: Callable[..., Tensor] = step, **options: Any) -> Tensor:
             parts.attribute(loss)
-            return step(loss)
+            return step(loss, **options)
 
         parts.replace(optimizer, "step", attributed)
 

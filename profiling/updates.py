@@ -45,7 +45,9 @@ def add_way(parser: argparse.ArgumentParser) -> None:
         help="as the trainer's --compile: captured on a GPU, so that an update is one range there",
     )  # fmt: skip
     parser.add_argument("--envs", type=at_least(1), default=16, help="environments a decision is for")
-    parser.add_argument("--updates", type=at_least(1), default=3, help="updates that are profiled, each with a decision")
+    parser.add_argument(
+        "--updates", type=at_least(1), default=3, help="updates that are profiled, each with a decision"
+    )
     parser.add_argument("--warm", type=at_least(1), help="those before them (default: 5 on a GPU, 2 on a CPU)")
 
 
@@ -94,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), default="S")
     add_way(parser)
+    parser.add_argument("--check", action="store_true", help="only say whether the options can be served")
     args = parser.parse_args(argv)
+    if args.check:
+        return
     with ready(config_of(args, args.size)) as trainer:
         once = warmed(trainer, args.warm)
         cuda = trainer.device.type == "cuda"

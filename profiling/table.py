@@ -1,0 +1,174 @@
+"""What a trace says of each part: its time, how much it launched, how long nothing ran, how often the host waited."""
+
+import bisect
+import gzip
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from parts import BACKWARD, PARTS, REST, WHOLE
+
+Event = dict[str, Any]
+"""Of a Chrome trace: `cat`, `name`, `tid`, `ts` and `dur` in microseconds, `args`."""
+NAMES = [name + way for name in (*PARTS, WHOLE, REST) for way in ("", BACKWARD)]
+IDLE = {
+    "aten::as_strided", "aten::view", "aten::alias", "aten::detach", "aten::_unsafe_view", "aten::_reshape_alias",
+    "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::lift_fresh", "aten::resolve_conj",
+    "aten::resolve_neg", "aten::set_", "aten::resize_", "aten::_local_scalar_dense",
+}  # fmt: skip
+"""Operators that compute nothing: views, empty tensors, and reading a scalar."""
+WORK = ("aten::", "fastdreamer::", "## Call CompiledFxGraph")
+"""What an operator's name begins with. Other events are autograd's and the compiler's wrappers around them."""
+WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
+
+
+@dataclass
+class Row:
+    """Of one part, in microseconds. `gap`: of its `time`, when nothing ran."""
+
+    part: str
+    time: float = 0.0
+    launches: int = 0
+    gap: float = 0.0
+    syncs: int = 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """`on_gpu`: times are the device's, and a launch is a kernel or a copy; else they are the process's and a launch is
+    an operator that computes. The rows' times add up to all that was traced."""
+
+    rows: list[Row]
+    on_gpu: bool
+    updates: int
+
+    @property
+    def total(self) -> float:
+        return sum(row.time for row in self.rows)
+
+    def shares(self) -> dict[str, float]:
+        return {row.part: row.time / self.total for row in self.rows}
+
+
+def read(path: Path) -> list[Event]:
+    """The complete events of a trace, gzipped or not."""
+    data = path.read_bytes()
+    trace = json.loads(gzip.decompress(data) if path.suffix == ".gz" else data)
+    return [event for event in trace["traceEvents"] if event.get("ph") == "X"]
+
+
+def summarise(events: Iterable[Event], updates: int) -> Table:
+    """One row for each part that ran, in the order of an update."""
+    by_category: dict[str, list[Event]] = defaultdict(list)
+    for event in sorted(events, key=lambda event: (event["ts"], -event["dur"])):
+        by_category[event.get("cat", "")].append(event)
+    ranges = Ranges([event for event in by_category["user_annotation"] if event["name"] in NAMES])
+    device = sorted(
+        (event for cat in ("kernel", "gpu_memcpy", "gpu_memset") for event in by_category[cat]), key=lambda e: e["ts"]
+    )
+    rows = {name: Row(name) for name in NAMES}
+    runtime = by_category["cuda_runtime"] + by_category["cuda_driver"]
+    if device:
+        _device(device, runtime, ranges, rows)
+    else:
+        _host(by_category["cpu_op"], ranges, rows)
+    ran = [replace(row) for row in rows.values() if row.time or row.launches]
+    return Table(ran, bool(device), updates)
+
+
+class Ranges:
+    """Which part is open on a thread at a time."""
+
+    def __init__(self, events: list[Event]):
+        self.events = events
+        self._of_thread: dict[Any, list[Event]] = defaultdict(list)
+        for event in events:
+            self._of_thread[event["tid"]].append(event)
+        self._starts = {thread: [event["ts"] for event in own] for thread, own in self._of_thread.items()}
+
+    def at(self, thread: Any, time: float) -> str | None:
+        """None where nothing is open: outside of what was profiled, or on a thread that no part has reached."""
+        own = self._of_thread.get(thread, [])
+        index = bisect.bisect_right(self._starts.get(thread, []), time) - 1
+        if index < 0 or time > own[index]["ts"] + own[index]["dur"]:
+            return None
+        return own[index]["name"]
+
+
+def _device(device: list[Event], runtime: list[Event], ranges: Ranges, rows: dict[str, Row]) -> None:
+    launched = {event["args"].get("correlation"): event for event in runtime}
+    until = device[0]["ts"]
+    for event in device:
+        launch = launched.get(event["args"].get("correlation"))
+        row = rows[(ranges.at(launch["tid"], launch["ts"]) if launch else None) or REST]
+        end = event["ts"] + event["dur"]
+        # What overlaps with a part on another stream is counted once; idle time before it is its own.
+        row.gap += max(0.0, event["ts"] - until)
+        row.time += max(0.0, end - until)
+        row.launches += 1
+        until = max(until, end)
+    for event in runtime:
+        part = ranges.at(event["tid"], event["ts"])
+        if event["name"] in WAITS and part is not None:
+            rows[part].syncs += 1
+
+
+def _host(operators: list[Event], ranges: Ranges, rows: dict[str, Row]) -> None:
+    for event in ranges.events:
+        rows[event["name"]].time += event["dur"]
+        rows[event["name"]].gap += event["dur"]
+    working = [event for event in operators if event["name"].startswith(WORK)]
+    parents: dict[Any, list[Event]] = defaultdict(list)
+    inner = set()
+    for event in working:
+        part, stack = ranges.at(event["tid"], event["ts"]), parents[event["tid"]]
+        while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
+            stack.pop()
+        if stack and event["name"] not in IDLE:
+            inner.add(id(stack[-1]))
+        elif not stack and part is not None:
+            rows[part].gap -= event["dur"]
+        stack.append(event)
+    for event in working:
+        part = ranges.at(event["tid"], event["ts"])
+        if part is None:
+            continue
+        rows[part].syncs += event["name"] == "aten::_local_scalar_dense"
+        rows[part].launches += id(event) not in inner and event["name"] not in IDLE and not _only_views(event["name"])
+
+
+VIEWS = (
+    "t", "transpose", "permute", "expand", "expand_as", "unsqueeze", "squeeze", "select", "slice", "narrow", "unbind",
+    "split", "chunk", "unflatten", "flatten", "reshape", "view_as", "numpy_T", "item", "is_nonzero", "to", "contiguous",
+    "split_with_sizes", "broadcast_to", "zero_grad", "result_type",
+)  # fmt: skip
+
+
+def _only_views(name: str) -> bool:
+    """Whether an operator that called none that computes has computed nothing itself."""
+    return name.removeprefix("aten::") in VIEWS
+
+
+def lines(table: Table) -> list[str]:
+    """The table as text, for one update and one decision. Times of a CPU are given as shares alone."""
+    head = (
+        f"{'part':<18}{'share':>8}"
+        + (f"{'ms':>10}" if table.on_gpu else "")
+        + f"{'launches':>10}{'gaps':>8}{'syncs':>7}"
+    )
+    total = Row("all")
+    out = [head]
+    for row in table.rows:
+        total.time, total.gap = total.time + row.time, total.gap + row.gap
+        total.launches, total.syncs = total.launches + row.launches, total.syncs + row.syncs
+    for row in (*table.rows, total):
+        ms = f"{row.time / table.updates / 1e3:>10.3f}" if table.on_gpu else ""
+        gap = row.gap / row.time if row.time else 0.0
+        out.append(
+            f"{row.part:<18}{row.time / table.total:>8.1%}{ms}{row.launches / table.updates:>10.0f}{gap:>8.1%}"
+            f"{row.syncs / table.updates:>7.0f}"
+        )
+    return out
