@@ -53,10 +53,9 @@ while (($#)); do
 done
 [[ -n $operation ]] || fail "no operation is named: give one, such as gru_gates."
 
-"$python" "$here/operation.py" "$operation" --check "${options[@]}" || exit 2
+device=$("$python" "$here/operation.py" "$operation" --check "${options[@]}") || exit 2
 command -v ncu >/dev/null || fail "ncu is not on PATH: install NVIDIA Nsight Compute (package nsight-compute, part of the CUDA toolkit)."
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    fail "there is no CUDA device here: profile a kernel on a machine with one."
+[[ $device == cuda ]] || fail "there is no CUDA device here: profile a kernel on a machine with one."
 
 ncu --force-overwrite --export "${output:-$operation}" --set full --import-source yes --nvtx --profile-from-start off \
     "$python" "$here/operation.py" "$operation" "${options[@]}"

@@ -45,10 +45,9 @@ while (($#)); do
     shift
 done
 
-"$python" "$here/updates.py" --check "${options[@]}" || exit 2
+device=$("$python" "$here/updates.py" --check "${options[@]}") || exit 2
 command -v nsys >/dev/null || fail "nsys is not on PATH: install NVIDIA Nsight Systems (package nsight-systems, part of the CUDA toolkit)."
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    fail "there is no CUDA device here: profiling/trace.py profiles on a CPU, too."
+[[ $device == cuda ]] || fail "there is no CUDA device here: profiling/trace.py profiles on a CPU, too."
 
 nsys profile --force-overwrite true --output "$output" --trace cuda,nvtx,cublas,osrt --cuda-graph-trace=node \
     --capture-range=cudaProfilerApi --capture-range-end=stop \

@@ -1,6 +1,6 @@
 """Launches one fused operation on its cases, for Nsight Compute: what `ncu.sh` starts.
 
-With --check it only says whether it could.
+With --check it only names the device.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from fastdreamer_kernels.cases import Case
 from fastdreamer_kernels.compare import tensors
 
 from fastdreamer.config import SIZES, BadInput
+from fastdreamer.runtime import choose_device
 
 WARM = 3
 """Calls before the profiled one: they compile the kernel."""
@@ -45,10 +46,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = updates.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("operation", help=", ".join(ops.Ops._fields))
     parser.add_argument("--size", choices=tuple(SIZES), default="S", help="preset whose shapes are launched")
-    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--check", action="store_true", help="only check the arguments, and name the device")
     args = parser.parse_args(argv)
     found = chosen(args.operation, args.size)
     if args.check:
+        print(choose_device("auto"))
         return
     if not torch.cuda.is_available():
         raise BadInput("there is no CUDA device here: profile a kernel on a machine with one.")

@@ -1,4 +1,4 @@
-"""Names the parts of an update and of a decision while they run, from outside: the algorithm's files know nothing of it.
+"""Names the parts of an update and of a decision while they run, from outside: the algorithm knows nothing of it.
 
 `marked` puts wrappers around one trainer's callables for as long as a profile is taken, and removes them; a trainer
 that nobody profiles runs none of this. At any moment exactly one part's range is open on a thread, so parts add up.
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, autograd
 
 from fastdreamer.agent import Agent, Optimizers
 from fastdreamer.train import Trainer
@@ -100,7 +100,7 @@ class Parts:
         The range stays open until a node of another part runs: sums of gradients belong to the node before them.
         Losses may share nodes.
         """
-        todo = [loss.grad_fn]
+        todo: list[Any] = [loss.grad_fn]
         while todo:
             node = todo.pop()
             if node is None or self in node.metadata:
@@ -114,13 +114,13 @@ class Parts:
     def _forward(self) -> None:
         part = self._stack[-1][0]
         if self.current != part or not self._starts:
-            self._starts.append(torch.autograd._get_sequence_nr())  # pyright: ignore[reportAttributeAccessIssue]
+            self._starts.append(autograd._get_sequence_nr())  # pyright: ignore[reportPrivateImportUsage]
             self._names.append(part)
         self._show(part)
 
     def _backward(self, name: str) -> None:
         if not self.current.endswith(BACKWARD):
-            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
+            autograd.Variable._execution_engine.queue_callback(self._after_backward)
         self._show(name)
 
     def _after_backward(self) -> None:

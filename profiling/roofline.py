@@ -22,11 +22,10 @@ from typing import Any
 
 import parts
 import torch
-import trace
 import updates
 from fastdreamer_kernels import ops
 from parts import BACKWARD, REST
-from table import NAMES
+from table import NAMES, traced
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from fastdreamer.agent import Agent
 from fastdreamer.config import SIZES, BadInput, Config
-from fastdreamer.envs.base import IMAGE_SIZE, Spaces
+from fastdreamer.envs.base import Spaces
 from fastdreamer.envs.synthetic import ACTIONS
 from fastdreamer.replay import Replay
 from fastdreamer.runtime import Runtime, choose_device, fast_bf16
@@ -164,10 +163,10 @@ class Count(TorchDispatchMode):
 
 def extent(tensor: Tensor) -> tuple[int, int]:
     """First byte of a tensor in its storage, and the one after its last; of gaps between only what rows leave."""
-    size, start = tensor.element_size(), tensor.storage_offset() * tensor.element_size()
+    size, start = tensor.element_size(), int(tensor.storage_offset()) * tensor.element_size()
     if not tensor.numel():
         return start, start
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    last = sum(int(n - 1) * int(stride) for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return start, start + (last + 1) * size
 
 
@@ -254,7 +253,7 @@ def timed(config: Config, turns: int, warm: int | None) -> dict[str, float]:
             once()
             updates.wait(trainer)
             times.append(time.perf_counter() - began)
-    shares = trace.traced(config, turns, warm).shares()
+    shares = traced(config, turns, warm).shares()
     return {part: share * statistics.median(times) for part, share in shares.items()}
 
 

@@ -3,13 +3,21 @@
 import bisect
 import gzip
 import json
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import parts
+import torch
+import updates
 from parts import BACKWARD, PARTS, REST, WHOLE
+
+from fastdreamer.config import Config
+from fastdreamer.train import Trainer
+from fastdreamer.workload import ready
 
 Event = dict[str, Any]
 """Of a Chrome trace: `cat`, `name`, `tid`, `ts` and `dur` in microseconds, `args`."""
@@ -17,9 +25,13 @@ NAMES = [name + way for name in (*PARTS, WHOLE, REST) for way in ("", BACKWARD)]
 IDLE = {
     "aten::as_strided", "aten::view", "aten::alias", "aten::detach", "aten::_unsafe_view", "aten::_reshape_alias",
     "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::lift_fresh", "aten::resolve_conj",
-    "aten::resolve_neg", "aten::set_", "aten::resize_", "aten::_local_scalar_dense",
+    "aten::resolve_neg", "aten::set_", "aten::resize_", "aten::_local_scalar_dense", "aten::item",
+    "aten::is_nonzero", "aten::t", "aten::transpose", "aten::permute", "aten::expand", "aten::expand_as",
+    "aten::unsqueeze", "aten::squeeze", "aten::select", "aten::slice", "aten::narrow", "aten::unbind",
+    "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unflatten", "aten::flatten", "aten::reshape",
+    "aten::view_as", "aten::broadcast_to", "aten::to", "aten::contiguous",
 }  # fmt: skip
-"""Operators that compute nothing: views, empty tensors, and reading a scalar."""
+"""Operators that compute nothing themselves: views, empty tensors, reading a scalar."""
 WORK = ("aten::", "fastdreamer::", "## Call CompiledFxGraph")
 """What an operator's name begins with. Other events are autograd's and the compiler's wrappers around them."""
 WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
@@ -51,6 +63,26 @@ class Table:
 
     def shares(self) -> dict[str, float]:
         return {row.part: row.time / self.total for row in self.rows}
+
+
+def trace(trainer: Trainer, count: int, warm: int | None, output: Path) -> Table:
+    """Profiles `count` updates with a decision each, and writes the trace to `output` (.json or .json.gz)."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if trainer.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    once = updates.warmed(trainer, warm)
+    with torch.profiler.profile(activities=activities) as profile, parts.marked(trainer, *parts.recorded()):
+        for _ in range(count):
+            once()
+        updates.wait(trainer)
+    profile.export_chrome_trace(str(output))
+    return summarise(read(output), count)
+
+
+def traced(config: Config, count: int, warm: int | None) -> Table:
+    """As `trace`, of a run of its own, and without a file that stays."""
+    with tempfile.TemporaryDirectory() as folder, ready(config) as trainer:
+        return trace(trainer, count, warm, Path(folder) / "trace.json.gz")
 
 
 def read(path: Path) -> list[Event]:
@@ -127,9 +159,9 @@ def _host(operators: list[Event], ranges: Ranges, rows: dict[str, Row]) -> None:
         part, stack = ranges.at(event["tid"], event["ts"]), parents[event["tid"]]
         while stack and stack[-1]["ts"] + stack[-1]["dur"] <= event["ts"]:
             stack.pop()
-        if stack and event["name"] not in IDLE:
-            inner.add(id(stack[-1]))
-        elif not stack and part is not None:
+        if event["name"] not in IDLE:
+            inner.update(map(id, stack))
+        if not stack and part is not None:
             rows[part].gap -= event["dur"]
         stack.append(event)
     for event in working:
@@ -137,19 +169,7 @@ def _host(operators: list[Event], ranges: Ranges, rows: dict[str, Row]) -> None:
         if part is None:
             continue
         rows[part].syncs += event["name"] == "aten::_local_scalar_dense"
-        rows[part].launches += id(event) not in inner and event["name"] not in IDLE and not _only_views(event["name"])
-
-
-VIEWS = (
-    "t", "transpose", "permute", "expand", "expand_as", "unsqueeze", "squeeze", "select", "slice", "narrow", "unbind",
-    "split", "chunk", "unflatten", "flatten", "reshape", "view_as", "numpy_T", "item", "is_nonzero", "to", "contiguous",
-    "split_with_sizes", "broadcast_to", "zero_grad", "result_type",
-)  # fmt: skip
-
-
-def _only_views(name: str) -> bool:
-    """Whether an operator that called none that computes has computed nothing itself."""
-    return name.removeprefix("aten::") in VIEWS
+        rows[part].launches += id(event) not in inner and event["name"] not in IDLE
 
 
 def lines(table: Table) -> list[str]:

@@ -8,39 +8,14 @@ read).
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import parts
 import table
-import torch
 import updates
 
-from fastdreamer.config import SIZES, BadInput, Config
-from fastdreamer.train import Trainer
+from fastdreamer.config import SIZES, BadInput
 from fastdreamer.workload import ready
-
-
-def trace(trainer: Trainer, count: int, warm: int | None, output: Path) -> table.Table:
-    """Profiles `count` updates with a decision each, and writes the trace to `output`."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if trainer.device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    once = updates.warmed(trainer, warm)
-    with torch.profiler.profile(activities=activities) as profile:
-        with parts.marked(trainer, *parts.recorded()):
-            for _ in range(count):
-                once()
-            updates.wait(trainer)
-    profile.export_chrome_trace(str(output))
-    return table.summarise(table.read(output), count)
-
-
-def traced(config: Config, count: int, warm: int | None) -> table.Table:
-    """As `trace`, of a run of its own, and without a file that stays."""
-    with tempfile.TemporaryDirectory() as folder, ready(config) as trainer:
-        return trace(trainer, count, warm, Path(folder) / "trace.json.gz")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.output.parent.is_dir():
         raise BadInput(f"--output {args.output}: there is no folder {args.output.parent}; make it first.")
     with ready(updates.config_of(args, args.size)) as trainer:
-        result = trace(trainer, args.updates, args.warm, args.output)
+        result = table.trace(trainer, args.updates, args.warm, args.output)
         precision = trainer.runtime.precision
     way = "compiled" if args.compile else "eager"
     print(f"size {args.size}, {args.objective}, {way}, {precision}: one update, and a decision for {args.envs}")

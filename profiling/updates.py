@@ -13,7 +13,7 @@ import torch
 
 from fastdreamer.config import OBJECTIVES, SIZES, BadInput, Config
 from fastdreamer.envs.base import Step
-from fastdreamer.runtime import Captured
+from fastdreamer.runtime import Captured, choose_device
 from fastdreamer.train import Trainer
 from fastdreamer.workload import Way, configure, ready
 
@@ -96,9 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=tuple(SIZES), default="S")
     add_way(parser)
-    parser.add_argument("--check", action="store_true", help="only say whether the options can be served")
+    parser.add_argument("--check", action="store_true", help="only check the options, and name the device")
     args = parser.parse_args(argv)
     if args.check:
+        print(choose_device("auto"))
         return
     with ready(config_of(args, args.size)) as trainer:
         once = warmed(trainer, args.warm)
