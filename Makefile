@@ -1,10 +1,16 @@
-# make setup | train | test | lint | bench. ARGS goes on to the trainer or to pytest; PYTHON=... names the interpreter to use.
+# make setup | train | test | lint | bench | bench-gpu | bench-check. ARGS goes on to the trainer or to pytest; PYTHON=...
+# names the interpreter to use.
 
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13)
 STAMP := .venv/.installed
 BIN := .venv/bin
+# What matters most comes first: within its time bench-gpu may not reach the end.
+FIRST := $(wildcard $(patsubst %,bench/test_%.py,update rssm_observe kernels scaling))
+BENCHES := $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard bench/test_*.py)))
+# torch, triton, numpy, pytest and pytest-benchmark are enough for it; nothing of ours has to be installed.
+GPU_PYTHON := $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
 
-.PHONY: setup train test lint bench
+.PHONY: setup train test lint bench bench-gpu bench-check
 setup: $(STAMP)
 
 train: setup
@@ -15,6 +21,21 @@ test: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench $(ARGS)
+
+# Ten minutes at most. Results are stored as they come, so what was measured by then stays.
+bench-gpu:
+	@$(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || { \
+		echo "bench-gpu needs PyTorch with a CUDA device: make bench measures without one." >&2; \
+		exit 2; \
+	}
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels" timeout --signal=INT --kill-after=20 580 \
+		$(GPU_PYTHON) -m pytest $(BENCHES) -p no:cacheprovider $(ARGS)
+
+# A fast subset, held against bench/results. Fails on a loss, and where nothing can be compared.
+bench-check: setup
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	$(BIN)/python -m pytest bench -m quick --results "$$folder" -q $(ARGS) && \
+	$(BIN)/python -m fastdreamer.report bench --compare "$$folder"
 
 lint: setup
 	$(BIN)/ruff check .

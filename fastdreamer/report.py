@@ -2,6 +2,7 @@
 
 Prints one row a run, a mean over seeds where several runs differ in nothing but the seed, and the published scores of
 the same task beside them; redraws each run's `learning_curve.png`. Published figures come from `published/*.csv`.
+`python -m fastdreamer.report bench` shows what benchmarks have stored (`benchmarks.py`).
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastdreamer import benchmarks
 from fastdreamer.config import BadInput, Config, defaults, load_config
 from fastdreamer.logger import METRICS, RECENT_EPISODES, encode_gif, read_metrics
 
@@ -620,15 +622,20 @@ def _print(header: list[str], rows: list[list[str]], notes: list[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 0, or 2 with one sentence on stderr for bad input."""
+    """The command line; returns the exit code: 0, or 2 with one sentence on stderr for bad input (or `bench`'s own)."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["bench"]:
+        return benchmarks.main(arguments[1:])
     parser = argparse.ArgumentParser(
-        prog="python -m fastdreamer.report", description="Prints what runs achieved and redraws their learning curves."
+        prog="python -m fastdreamer.report",
+        description="Prints what runs achieved and redraws their learning curves.",
+        epilog="`bench` in place of runs shows what benchmarks have stored: see bench --help.",
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/<task>-<time>")
     parser.add_argument(
         "--plot", metavar="OUT.png", type=Path, help="draw the runs in one figure, mean and std over seeds"
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     try:
         runs = [read_run(path) for path in options.runs]
         _print(*summary(runs))

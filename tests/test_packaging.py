@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 TIERS = (
     {"config", "kernels"},
     {"envs"},
-    {"distributions", "networks", "replay", "optim", "runtime", "logger"},
+    {"distributions", "networks", "replay", "optim", "runtime", "logger", "benchmarks"},
     {"rssm", "checkpoint", "report"},
     {"world_model"},
     {"behavior"},
@@ -154,7 +154,7 @@ def test_the_wheel_holds_both_packages():
     assert (ROOT / "kernels/fastdreamer_kernels/py.typed").exists()
 
 
-@pytest.mark.parametrize("target", ["setup", "train", "test", "lint", "bench"])
+@pytest.mark.parametrize("target", ["setup", "train", "test", "lint", "bench", "bench-gpu", "bench-check"])
 def test_make_has_the_commands_that_the_readme_names(target):
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
