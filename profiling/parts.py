@@ -8,6 +8,7 @@ import bisect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,16 +25,17 @@ REST, BACKWARD = "rest", " backward"
 
 Enter = Callable[[str], Any]
 Leave = Callable[[Any], None]
-"""`enter(name)` opens a range and gives what `leave` closes it by, perhaps on another thread."""
+"""`enter(name)` opens a range and gives what `leave` closes it by."""
 Objects = tuple[str, ...]
 
 
 class Parts:
     """Keeps the one open range, and knows by autograd's numbers which part made which node of a graph."""
 
-    def __init__(self, enter: Enter, leave: Leave):
-        self._enter, self._leave = enter, leave
-        self._shown = threading.local()
+    def __init__(self, enter: Enter, leave: Leave, across: bool = False):
+        """`across`: ranges end on any thread, so one alone is open in the process; else one on each thread."""
+        self._enter, self._leave, self._across = enter, leave, across
+        self._shown = SimpleNamespace() if across else threading.local()
         self._thread = threading.get_ident()
         self._stack = [(REST, True)]
         # Nodes are numbered as they are made: from `_starts[i]` on they belong to `_names[i]`.
@@ -43,7 +45,7 @@ class Parts:
 
     @property
     def current(self) -> str:
-        """The part that is open on this thread."""
+        """The part that is open."""
         shown = getattr(self._shown, "range", None)
         return REST if shown is None else shown[0]
 
@@ -125,7 +127,8 @@ class Parts:
 
     def _after_backward(self) -> None:
         # A GPU's nodes run on a thread of their own, which has nothing else to do.
-        self._show(self._stack[-1][0] if threading.get_ident() == self._thread else None)
+        back = self._across or threading.get_ident() == self._thread
+        self._show(self._stack[-1][0] if back else None)
 
     def _show(self, name: str | None) -> None:
         shown = getattr(self._shown, "range", None)
@@ -165,9 +168,9 @@ def attach(parts: Parts, agent: Agent, optimizers: Optimizers) -> None:
 
 
 @contextmanager
-def marked(trainer: Trainer, enter: Enter, leave: Leave) -> Iterator[Parts]:
+def marked(trainer: Trainer, enter: Enter, leave: Leave, across: bool = False) -> Iterator[Parts]:
     """Ranges around the parts of what `trainer` does inside this context; "rest" is open wherever no part is."""
-    parts = Parts(enter, leave)
+    parts = Parts(enter, leave, across)
     try:
         if trainer.runtime.record is None:
             attach(parts, trainer.agent, trainer.optimizers)
@@ -197,10 +200,10 @@ def recorded() -> tuple[Enter, Leave]:
     return enter, lambda scope: scope.__exit__(None, None, None)
 
 
-def annotated() -> tuple[Enter, Leave]:
-    """Ranges that Nsight shows. Of the kind that may end on another thread."""
+def annotated() -> tuple[Enter, Leave, bool]:
+    """Ranges that Nsight shows. While a GPU's thread runs a backward pass, the thread that waits for it has none."""
     try:
         import nvtx
     except ImportError:
-        return torch.cuda.nvtx.range_start, torch.cuda.nvtx.range_end
-    return lambda name: nvtx.start_range(name), nvtx.end_range
+        return torch.cuda.nvtx.range_start, torch.cuda.nvtx.range_end, True
+    return lambda name: nvtx.start_range(name), nvtx.end_range, True

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,13 @@ parts, table, roofline, updates = (importlib.import_module(n) for n in ("parts",
 
 def small(**options: Any) -> Config:
     way = Way("tested", "reference", False, "fp32")
-    sizes = {"batch_size": 2, "batch_length": 4, "horizon": 2, "envs": 2, "replay_capacity": 200} | options
+    sizes: dict[str, Any] = {
+        "batch_size": 2,
+        "batch_length": 4,
+        "horizon": 2,
+        "envs": 2,
+        "replay_capacity": 200,
+    } | options
     return configure(way, size="tiny", device="cpu", **sizes)
 
 
@@ -71,7 +78,8 @@ def test_marks_change_no_result_and_leave_nothing_behind() -> None:
     assert means == marked_means
 
 
-def test_one_range_is_open_at_a_time_and_every_part_has_its_own(trainer: Trainer) -> None:
+@pytest.mark.parametrize("across", [False, True])
+def test_one_range_is_open_at_a_time_and_every_part_has_its_own(trainer: Trainer, across: bool) -> None:
     opened, names = [], []
 
     def enter(name: str) -> str:
@@ -83,7 +91,7 @@ def test_one_range_is_open_at_a_time_and_every_part_has_its_own(trainer: Trainer
     def leave(name: str) -> None:
         assert opened.pop() == name
 
-    with parts.marked(trainer, enter, leave):
+    with parts.marked(trainer, enter, leave, across):
         updates.turn(trainer, trainer.envs.recv())
     assert not opened
     learned = ("encode", "observe", "heads", "kl", "imagine", "actor", "critic")
@@ -162,6 +170,35 @@ def test_the_table_of_a_gpu() -> None:
     assert found == {"encode": (15, 2, 0, 0), "encode backward": (30, 1, 10, 0), "rest": (7, 1, 5, 1)}
     assert result.total == 152 - 100
     assert re.search(r"encode backward +57\.7% +0\.030 +1 +33\.3% +0", "\n".join(table.lines(result)))
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_a_backward_pass_on_a_thread_of_its_own(across: bool) -> None:
+    """As a GPU's: it closes its last range itself, and where ranges cross threads only one is open in the process."""
+    seen: list[tuple[str, str, int]] = []
+
+    def enter(name: str) -> str:
+        seen.append(("open", name, threading.get_ident()))
+        return name
+
+    marks = parts.Parts(enter, lambda name: seen.append(("close", name, threading.get_ident())), across)
+    marks.begin()
+    weight = torch.ones(3, requires_grad=True)
+    with marks.open("encode"):
+        loss = (weight * 2).sum()
+    with marks.open("optimise"):
+        marks.attribute(loss)
+        thread = threading.Thread(target=lambda: torch.autograd.grad(loss, weight))
+        thread.start()
+        thread.join()
+    marks.end()
+    here, there = threading.get_ident(), thread.ident
+    inside = [(way, name, number == there) for way, name, number in seen[seen.index(("open", "optimise", here)) :]]
+    own = [("open", "encode backward", True), ("close", "encode backward", True)]
+    after = [("close", "optimise", False), ("open", "rest", False), ("close", "rest", False)]
+    if across:
+        own = [("close", "optimise", True), *own, ("open", "optimise", True)]
+    assert inside == [("open", "optimise", False), *own, *after]
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +281,8 @@ def run(name: str, options: Sequence[str], capsys: pytest.CaptureFixture[str]) -
             code = updates.failing(main, options)
         except SystemExit as done:
             code = int(done.code or 0)
-        return code, *capsys.readouterr()
+        out, err = capsys.readouterr()
+        return code, out, err
     return shell(name, options, PYTHON=sys.executable)
 
 
