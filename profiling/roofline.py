@@ -304,7 +304,7 @@ def text(lines: list[Line], gpu: bool) -> list[str]:
         floor, taken = floor_of(lines) if line.part == "all" else line.floor, line.time or 0.0
         ratio = f"{floor / taken:>14.1%}" if taken else f"{'not seen':>14}"
         ms = f"{taken * 1e3:>9.3f}{floor * 1e3:>10.3f}" if gpu else ""
-        out.append(f"{line.part:<18}{taken / whole:>8.1%}{ratio}  {line.bound if floor else '-':<10}{ms}")
+        out.append(f"{line.part:<18}{taken / whole:>8.1%}{ratio}  {line.bound if floor else '-':<10}{ms}".rstrip())
     return out
 
 
