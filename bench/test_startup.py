@@ -1,46 +1,47 @@
-"""From the start of a process to its tenth update: with empty caches, with warm ones, and without `--compile`.
+"""From the start of a process to its tenth update: without `--compile`, with empty caches, and with warm ones.
 
-Catch's frames at size S, the prefill of 1,024 decisions included.
+From pixels that cost nothing, the prefill of 1,024 decisions included.
 """
 
 import os
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import CUDA, Measure
+from conftest import CUDA, DEVICE, Measure
+
+from fastdreamer.workload import ways
 
 RUN = """
 import sys
-from fastdreamer.config import parse_command
+import torch
 from fastdreamer.train import Trainer
+from fastdreamer.workload import configure, ways
 
-command, _ = parse_command(sys.argv[1:], cuda=False)
-with Trainer(command.config, None) as trainer:
+size, way = sys.argv[1:]
+way = {w.name: w for w in ways(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}[way]
+with Trainer(configure(way, size=size), None) as trainer:
     while trainer.learner.updates < 10:
         trainer.iterate()
     trainer.learner.settle()
 """
-FLAGS = "--preset demo --size S --decoder off --batch-length 64 --horizon 15 --envs 16 --prefill 1024 --train-ratio 512"
+WAYS = {way.name: way for way in ways(DEVICE)}
 
 
-@pytest.mark.parametrize("way", ["cold", "warm", "without --compile"])
-def test_tenth_update(way: str, measure: Measure, benchmark: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    pytest.importorskip("envpool", reason="the environments' packages are not installed here")
-    caches = tmp_path_factory.getbasetemp() / "caches"
-    flags = [*FLAGS.split(), "--device", "cuda" if CUDA else "cpu"]
-    flags += ["--no-compile" if way == "without --compile" else "--compile"]
-    folders = {name: str(folder(caches, way, name)) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-    benchmark.group = "from the start to the tenth update, size S"
+@pytest.mark.parametrize("start", ["eager", "compiled, cold", "compiled, warm"])
+@pytest.mark.parametrize("size", ["tiny", pytest.param("S", marks=pytest.mark.long)])
+def test_tenth_update(size: str, start: str, measure: Measure, tmp_path_factory: pytest.TempPathFactory) -> None:
+    # Size tiny runs in float32 on a CPU, as `--precision auto` has it.
+    best = "compiled fp32" if size == "tiny" and not CUDA else list(WAYS)[-1]
+    caches = tmp_path_factory.getbasetemp() / f"caches-{size}"
+    # What the cold start leaves is what the warm one finds.
+    folders = {name: str(caches / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
 
-    def start() -> None:
-        subprocess.run([sys.executable, "-c", RUN, *flags], check=True, env=os.environ | folders, capture_output=True)
+    def run() -> None:
+        command = [sys.executable, "-c", RUN, size, "eager fp32" if start == "eager" else best]
+        subprocess.run(command, check=True, env=os.environ | folders, capture_output=True)
 
-    measure([start], rounds=1, capture=False, warm=0, operation="start", case="S, ten updates", implementation=way)
-
-
-def folder(caches: Path, way: str, name: str) -> Path:
-    """What the cold start fills is what the warm one finds."""
-    return caches / ("compiled" if way != "without --compile" else "plain") / name
+    measure(
+        [run], rounds=1, capture=False, warm=0, group=f"from the start to the tenth update, size {size}",
+        baseline="eager", implementation=start,
+    )  # fmt: skip

@@ -1,0 +1,147 @@
+"""The whole loop: a row of every environment, the decisions and the updates that it makes due, beside the updates
+alone; and what the loop spends its time on.
+
+The watching is done from here: a trainer that nobody times has no clocks in it.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import CUDA, DEVICE, Call, Measure, Runs
+
+from fastdreamer.config import BadInput, Config
+from fastdreamer.envs import make
+from fastdreamer.train import Trainer
+from fastdreamer.workload import configure, ways
+
+WAY = ways(DEVICE)[-1 if CUDA else 0]
+TURNS = 10 if CUDA else 1
+"""Turns of the loop that are timed together: between them a GPU is not waited for."""
+SHARES = ("waiting for environments", "acting", "storing", "updating")
+FAMILIES = {"synthetic": "synthetic/continuous", "walker_walk": "dmc/walker_walk"}
+
+
+def ready(trainer: Trainer) -> None:
+    """With the prefill done, so that updates are due from the next row on."""
+    trainer.iterate()
+    trainer.decisions = trainer.config.replay.prefill
+    for _ in range(2):
+        trainer.iterate()
+    trainer.learner.settle()
+
+
+def due(config: Config) -> int:
+    """Updates that a row of every environment makes due."""
+    updates = config.env.envs * config.replay.train_ratio / (config.optim.batch_size * config.optim.batch_length)
+    assert updates == int(updates)
+    return int(updates)
+
+
+def updates_alone(trainer: Trainer) -> tuple[Call, dict[str, float]]:
+    ready(trainer)
+
+    def call() -> None:
+        for _ in range(TURNS * due(trainer.config)):
+            trainer.learner.step()
+
+    return call, {}
+
+
+class Watch:
+    """Adds up the seconds that calls take, and on a GPU those for which it works on updates."""
+
+    def __init__(self) -> None:
+        self.wall, self.busy = 0.0, 0.0
+        self.spent: dict[str, float] = dict.fromkeys(SHARES, 0.0)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self.spent[name] += time.perf_counter() - start
+
+        return call
+
+    def on_device(self, step: Call) -> Call:
+        def call() -> None:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            self._events.append((start, end))
+
+        return call if CUDA else step
+
+    def shares(self) -> dict[str, float]:
+        """Of the time that has passed. A learner is idle while its device works on no update."""
+        for start, end in self._events:
+            self.busy += start.elapsed_time(end) / 1e3
+        self._events.clear()
+        busy = self.busy if CUDA else self.spent["updating"]
+        return {name: round(seconds / self.wall, 4) for name, seconds in self.spent.items()} | {
+            "learner idle": round(1 - busy / self.wall, 4)
+        }
+
+
+class Watched:
+    """Decisions, timed."""
+
+    def __init__(self, acting: Any, watch: Watch):
+        self._acting, self._watch = acting, watch
+
+    def __call__(self, step: Any) -> Any:
+        return self._watch.timed("acting", self._acting)(step)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._acting, name)
+        return self._watch.timed("acting", found) if callable(found) else found
+
+
+def whole_loop(trainer: Trainer) -> tuple[Call, dict[str, float]]:
+    """Each call gives the shares so far."""
+    ready(trainer)
+    watch: Any = Watch()
+    loop: Any = trainer
+    loop.envs.recv = watch.timed("waiting for environments", trainer.envs.recv)
+    loop.acting = Watched(trainer.acting, watch)
+    loop.replay.add = watch.timed("storing", trainer.replay.add)
+    loop.learner.step = watch.timed("updating", watch.on_device(trainer.learner.step))
+
+    def call() -> dict[str, float]:
+        start = time.perf_counter()
+        for _ in range(TURNS):
+            trainer.iterate()
+        if CUDA:
+            torch.cuda.synchronize()
+        watch.wall += time.perf_counter() - start
+        return watch.shares()
+
+    return call, {}
+
+
+@pytest.mark.parametrize("implementation", ["updates alone", "whole loop"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loop(family: str, implementation: str, measure: Measure, runs: Runs, request: pytest.FixtureRequest) -> None:
+    size, task = str(request.config.getoption("--size")), FAMILIES[family]
+    config = replace(configure(WAY, size=size, replay_capacity=4_000), task=task)
+    if family != "synthetic":
+        config = replace(config, env=replace(config.env, action_repeat=2))
+        try:
+            make(task, replace(config.env, envs=1), 0).close()
+        except BadInput as error:
+            pytest.skip(str(error))
+    call = runs.call(config, updates_alone if implementation == "updates alone" else whole_loop)
+    last: dict[str, Any] = {}
+    measure(
+        [lambda: last.update(call() or {})], rounds=10 if CUDA else 5, capture=False, warm=1, per=TURNS,
+        frames=config.env.envs * config.env.action_repeat, after=lambda: last,
+        group=f"a turn of the loop, {task}, size {size}",
+        baseline="updates alone", implementation=implementation,
+    )  # fmt: skip
