@@ -20,7 +20,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest bench $(ARGS)
+	$(BIN)/python -m pytest bench -m "not long" $(ARGS)
 
 # Ten minutes at most. Results are stored as they come, so what was measured by then stays.
 bench-gpu:

@@ -19,6 +19,7 @@ from fastdreamer.rssm import RSSM, State
 
 REFERENCE = ops.load("reference")
 IMPLEMENTATIONS = ["eager", "compiled"]
+QUICK = ("gru_gates", "layer_norm_act", "twohot_loss", "kl_balance")
 if CUDA:
     IMPLEMENTATIONS += ["compiled, not captured", "fused", "copy"]
 
@@ -35,8 +36,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # Compiling takes the time here: one case of an operation, with all that it can do.
         last = {case.operation: case for case in chosen}
         passes = [(case, case.operation in cases.LEARNED) for case in last.values()]
-    names = [f"{case.operation}: {case.label}, forward{' + backward' * backward}" for case, backward in passes]
-    metafunc.parametrize(("case", "backward"), passes, ids=names)
+    chosen = [
+        pytest.param(
+            case, backward, id=f"{case.operation}: {case.label}, forward{' + backward' * backward}",
+            marks=[pytest.mark.quick] if case.operation in QUICK else [],
+        )
+        for case, backward in passes
+    ]  # fmt: skip
+    metafunc.parametrize(("case", "backward"), chosen)
 
 
 def operation_of(case: Case, implementation: str) -> Callable[..., Any]:

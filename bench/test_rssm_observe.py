@@ -26,6 +26,7 @@ from fastdreamer_kernels.rssm_observe.plan import Plan, Sizes
 MEETINGS = 9 * 64
 """Of one forward and one backward pass over 64 steps."""
 IMPLEMENTATIONS = ["eager", "products out of the loop", "compiled"]
+QUICK = ("eager", "products out of the loop")
 if CUDA:
     FORMS = ["fused", "resident 32", "resident 64", "streaming 32", "streaming 64", "phases"]
     IMPLEMENTATIONS = ["eager", "compiled", *FORMS, "compiled, not captured", "products out of the loop"]
@@ -86,7 +87,10 @@ def operation_of(implementation: str, monkeypatch: pytest.MonkeyPatch) -> Callab
     return ops.load("fused").rssm_observe
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "implementation",
+    [pytest.param(name, marks=[pytest.mark.quick] if name in QUICK else []) for name in IMPLEMENTATIONS],
+)
 @pytest.mark.parametrize("backward", [True, False], ids=["forward + backward", "forward"])
 def test_form(
     implementation: str, backward: bool, measure: Measure, monkeypatch: pytest.MonkeyPatch,
