@@ -19,6 +19,8 @@ from fastdreamer.train import Trainer
 from fastdreamer.workload import configure, ways
 
 WAY = ways(DEVICE)[-1 if CUDA else 0]
+ENVS = 16 if CUDA else 4
+"""Two updates a turn on a CPU, which are seconds at some sizes."""
 TURNS = 10 if CUDA else 1
 """Turns of the loop that are timed together: between them a GPU is not waited for."""
 SHARES = ("waiting for environments", "acting", "storing", "updating")
@@ -29,8 +31,7 @@ def ready(trainer: Trainer) -> None:
     """With the prefill done, so that updates are due from the next row on."""
     trainer.iterate()
     trainer.decisions = trainer.config.replay.prefill
-    for _ in range(2):
-        trainer.iterate()
+    trainer.iterate()
     trainer.learner.settle()
 
 
@@ -130,7 +131,7 @@ def whole_loop(trainer: Trainer) -> tuple[Call, dict[str, float]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loop(family: str, implementation: str, measure: Measure, runs: Runs, request: pytest.FixtureRequest) -> None:
     size, task = str(request.config.getoption("--size")), FAMILIES[family]
-    config = replace(configure(WAY, size=size, replay_capacity=4_000), task=task)
+    config = replace(configure(WAY, size=size, envs=ENVS, replay_capacity=4_000), task=task)
     if family != "synthetic":
         config = replace(config, env=replace(config.env, action_repeat=2))
         try:
@@ -140,7 +141,7 @@ def test_loop(family: str, implementation: str, measure: Measure, runs: Runs, re
     call = runs.call(config, updates_alone if implementation == "updates alone" else whole_loop)
     last: dict[str, Any] = {}
     measure(
-        [lambda: last.update(call() or {})], rounds=10 if CUDA else 5, capture=False, warm=1, per=TURNS,
+        [lambda: last.update(call() or {})], rounds=10 if CUDA else 3, capture=False, warm=1, per=TURNS,
         frames=config.env.envs * config.env.action_repeat, after=lambda: last,
         group=f"a turn of the loop, {task}, size {size}",
         baseline="updates alone", implementation=implementation,

@@ -15,7 +15,7 @@ WAY = ways(DEVICE)[-1 if CUDA else 0]
 # The usual value first.
 VALUES: dict[str, tuple[int, ...]] = {"batch_size": (16, 8, 32), "batch_length": (64, 32, 128), "horizon": (15, 5, 30)}
 NAMES = {"batch_size": "B", "batch_length": "T", "horizon": "H"}
-SIZES = ("S", "M", "L", "XL") if CUDA else ("tiny", "XS", "S")
+SIZES = ("S", "M", "L", "XL") if CUDA else ("tiny", "XS", pytest.param("S", marks=pytest.mark.long))
 DECISIONS = {rows: partial(decision, rows=rows) for rows in (16, 1, 4, 64)}
 CAPACITY = 10_000
 
@@ -32,7 +32,7 @@ def test_batch(option: str, value: int, measure: Measure, runs: Runs, request: p
     size = str(request.config.getoption("--size"))
     config = configure(WAY, size=size, replay_capacity=CAPACITY, **cast(Any, {option: value}))
     measure(
-        [runs.call(config, update)], rounds=30 if CUDA else 5, capture=False, warm=1,
+        [runs.call(config, update)], rounds=30 if CUDA else 3, capture=False, warm=1,
         **labels(NAMES[option], value, VALUES[option][0], f"an update at size {size}"),
     )  # fmt: skip
 
@@ -47,10 +47,12 @@ def test_environments(rows: int, measure: Measure, runs: Runs, request: pytest.F
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    "size", [size if CUDA or size != "S" else pytest.param(size, marks=pytest.mark.long) for size in SIZES]
+)
 def test_size(size: str, measure: Measure, runs: Runs) -> None:
     config = configure(WAY, size=size, replay_capacity=CAPACITY)
     measure(
         [runs.call(config, update)], rounds=30 if CUDA else 2, capture=False, warm=CUDA,
-        **labels("size", size, SIZES[0], "an update"),
+        **labels("size", size, "S" if CUDA else "tiny", "an update"),
     )  # fmt: skip

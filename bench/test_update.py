@@ -44,7 +44,13 @@ def decision(trainer: Trainer, rows: int) -> tuple[Call, dict[str, float]]:
 DECISIONS = {rows: partial(decision, rows=rows) for rows in (1, 4, 16)}
 
 
-@pytest.mark.parametrize("way", [*WAYS, *([UNCAPTURED] if CUDA else [])], ids=lambda way: way.name)
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(way, id=way.name, marks=[] if CUDA or way in (BASELINE, BEST) else [pytest.mark.long])
+        for way in [*WAYS, *([UNCAPTURED] if CUDA else [])]
+    ],
+)
 def test_update(way: Way, measure: Measure, runs: Runs, request: pytest.FixtureRequest) -> None:
     size = update_size(request)
     call = runs.call(configure(way, size=size), update, capture=way != UNCAPTURED)
@@ -59,7 +65,7 @@ def test_dreamerv3(way: Way, measure: Measure, runs: Runs, request: pytest.Fixtu
     size = update_size(request)
     call = runs.call(configure(way, size=size, objective="dreamerv3"), update)
     measure(
-        [call], rounds=ROUNDS if CUDA else 2, capture=False, warm=CUDA, group=f"update of DreamerV3, size {size}",
+        [call], rounds=ROUNDS if CUDA else 1, capture=False, warm=CUDA, group=f"update of DreamerV3, size {size}",
         baseline=BASELINE.name, implementation=way.name, objective="dreamerv3",
     )  # fmt: skip
 
