@@ -136,7 +136,7 @@ class Agent(nn.Module):
         start = State(model.posterior.deter.flatten(0, 1), model.posterior.stoch.flatten(0, 1))
         cont = 1 - batch["is_terminal"].flatten().float()
         behavior = self.behavior.loss(self.world_model, start, cont, noise.imagination)
-        metrics["grad/actor"] = optimizers.actor.step(behavior.actor)
+        metrics["grad/actor"] = optimizers.actor.step(behavior.actor, retain_graph=True)
         metrics["grad/critic"] = optimizers.critic.step(behavior.critic)
         losses = ("actor", "critic")
         metrics |= {f"{'loss' if k in losses else 'behavior'}/{k}": v for k, v in behavior.parts.items()}

@@ -26,10 +26,11 @@ class ImaginationNoise(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """An imagined trajectory, time first: `features` (H+1, N, F), `action` (H, N, A), and per state (H+1, N):
-    `reward` that arrives with it, `cont` (the start state's is the true one)."""
+    """An imagined trajectory, time first: `features` (H+1, N, F), the actor's outputs `policy` (H, N, P), `action`
+    (H, N, A), and per state (H+1, N): `reward` that arrives with it, `cont` (the start state's is the true one)."""
 
     features: Tensor
+    policy: Tensor
     action: Tensor
     reward: Tensor
     cont: Tensor
@@ -64,28 +65,39 @@ class Behavior(nn.Module):
 
     def policy(self, features: Tensor) -> ActionDistribution:
         """The actor's distribution over actions at states (..., F)."""
-        return action_distribution(self.actor(features), self.discrete, self.config.model.unimix, self.ops)
+        return self.distribution(self.actor(features))
+
+    def distribution(self, params: Tensor) -> ActionDistribution:
+        """The distribution over actions (..., A) that the actor's outputs (..., P) stand for."""
+        return action_distribution(params, self.discrete, self.config.model.unimix, self.ops)
 
     def imagine(self, model: WorldModel, start: State, cont: Tensor, noise: ImaginationNoise) -> Trajectory:
         """Rolls prior and actor out from `start` (N, ...), whose true continuation is `cont` (N,)."""
-        state, features, actions = start, [start.features()], []
+        state, features, policy, actions = start, [start.features()], [], []
         for prior, action in zip(noise.prior, noise.action, strict=True):
             # The actor sees states as given: what it does changes later states only through its actions.
-            actions.append(self.policy(features[-1].detach()).sample(action))
+            policy.append(self.actor(features[-1].detach()))
+            actions.append(self.distribution(policy[-1]).sample(action))
             state = model.rssm.imagine_step(state, actions[-1], prior)
             features.append(state.features())
         # H+1 times (N, F) -> (H+1, N, F)
         stacked = torch.stack(features)
         reward = model.predict_reward(stacked).mean()
         imagined_cont = model.predict_cont(stacked[1:]).mean()
-        return Trajectory(stacked, torch.stack(actions), reward, torch.cat([cont.unsqueeze(0), imagined_cont]))
+        ends = torch.cat([cont.unsqueeze(0), imagined_cont])
+        return Trajectory(stacked, torch.stack(policy), torch.stack(actions), reward, ends)
 
     def loss(self, model: WorldModel, start: State, cont: Tensor, noise: ImaginationNoise) -> BehaviorLoss:
-        """Actor and critic losses from states (N, ...); their gradients are for actor and critic alone."""
+        """Actor and critic losses from states (N, ...); their gradients are for actor and critic alone.
+
+        The two share the critic's graph: keep it for the second of their backward passes.
+        """
         config = self.config.behavior
         with torch.set_grad_enabled(self.through_dynamics):
             trajectory = self.imagine(model, start, cont, noise)
-            value = TwoHot(self.critic(trajectory.features), self.ops).mean()
+        logits = self.critic(trajectory.features)
+        with torch.set_grad_enabled(self.through_dynamics):
+            value = TwoHot(logits, self.ops).mean()
             returns = self.ops.lambda_return(
                 trajectory.reward, config.gamma * trajectory.cont, value, None, config.lam
             )[:-1]
@@ -95,7 +107,8 @@ class Behavior(nn.Module):
         weight = weight.cumprod(0)[:-1]
         seen = trajectory.features[:-1].detach()
 
-        policy = self.policy(seen)
+        # With gradients, imagination has evaluated the actor already.
+        policy = self.distribution(trajectory.policy) if self.through_dynamics else self.policy(seen)
         advantage = (returns - value[:-1]) / self.update_return_scale(returns.detach())
         if self.through_dynamics:
             objective = advantage
@@ -104,7 +117,7 @@ class Behavior(nn.Module):
         entropy = policy.entropy()
         actor = -(weight * (objective + config.entropy * entropy)).mean()
 
-        critic = TwoHot(self.critic(seen), self.ops)
+        critic = TwoHot(logits[:-1], self.ops)
         with torch.no_grad():
             slow = TwoHot(self.slow_critic(seen), self.ops).mean()
         critic_loss = (weight * (critic.loss(returns.detach()) + critic.loss(slow))).mean()

@@ -45,12 +45,15 @@ class Optimizer:
         self.steps = torch.zeros((), device=self.param.device)
         self._grads = [torch.as_strided(self.grad, p.shape, p.stride(), p.storage_offset()) for p in self.params]
 
-    def step(self, loss: Tensor) -> Tensor:
+    def step(self, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
         """One step down `loss`. Returns the gradient's norm before clipping.
 
-        Parameters it does not reach count as having a gradient of zero: those it never reaches stay.
+        Parameters it does not reach count as having a gradient of zero: those it never reaches stay. `retain_graph`:
+        another loss's backward pass will need the graph.
         """
-        grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        grads = torch.autograd.grad(
+            loss, self.params, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+        )
         with torch.no_grad():
             torch._foreach_copy_(self._grads, grads)  # pyright: ignore
         return self.ops.adam_step(

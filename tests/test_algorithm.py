@@ -184,7 +184,7 @@ def test_behavior_leaves_the_world_model_alone(spaces: Spaces) -> None:
     loss = agent.behavior.loss(agent.world_model, start, torch.ones(7), draws)
     actor = [p.clone() for p in agent.behavior.actor.parameters()]
     critic = [p.clone() for p in agent.behavior.critic.parameters()]
-    optimizers.actor.step(loss.actor)
+    optimizers.actor.step(loss.actor, retain_graph=True)
     optimizers.critic.step(loss.critic)
     assert all(torch.equal(before[k], v) for k, v in agent.world_model.state_dict().items())
     assert all(p.grad is None for p in agent.world_model.parameters())
@@ -193,13 +193,20 @@ def test_behavior_leaves_the_world_model_alone(spaces: Spaces) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(critic, agent.behavior.critic.parameters(), strict=True))
 
 
-def test_actor_and_critic_losses_are_their_own() -> None:
+def test_actor_and_critic_steps_are_their_own() -> None:
     agent = make_agent(spaces=PIXELS)
-    nn.init.normal_(agent.behavior.critic.out.weight)
+    optimizers, behavior = agent.make_optimizers(), agent.behavior
+    nn.init.normal_(behavior.critic.out.weight)
     start = State(torch.randn(B * T, 128), torch.eye(8).expand(B * T, 8, 8).contiguous())
     loss = agent.behavior.loss(agent.world_model, start, torch.ones(B * T), noise(agent).imagination)
-    assert not reached(loss.critic, agent.behavior.actor)
-    assert not reached(loss.critic, agent.world_model)
+    before = [[p.clone() for p in part.parameters()] for part in (behavior.actor, behavior.critic)]
+    optimizers.actor.step(loss.actor, retain_graph=True)
+    assert all(map(torch.equal, before[1], behavior.critic.parameters()))
+    stepped = [p.clone() for p in behavior.actor.parameters()]
+    assert not all(map(torch.equal, before[0], stepped))
+    optimizers.critic.step(loss.critic)
+    assert all(map(torch.equal, stepped, behavior.actor.parameters()))
+    assert not all(map(torch.equal, before[1], behavior.critic.parameters()))
 
 
 def test_dynamics_gradient_needs_continuous_actions() -> None:

@@ -32,6 +32,8 @@ def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
     its products taken out of the loop; with `least` 0 its step is compiled instead, as a captured graph wants it.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    # What a backward pass saved must outlive it: two losses may share a graph.
+    torch._functorch.config.donated_buffer = False
     build = functools.partial(_Compiled, notify=notify, least=least)
     gru_gates, sample_onehot = build(plain.gru_gates), build(plain.sample_onehot)
     layer_norm_act = build(plain.layer_norm_act)
