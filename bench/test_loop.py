@@ -44,10 +44,12 @@ def due(config: Config) -> int:
 
 def updates_alone(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     ready(trainer)
+    # As it is now: the loop's, of the same run, is watched later.
+    step = trainer.learner.step
 
     def call() -> None:
         for _ in range(TURNS * due(trainer.config)):
-            trainer.learner.step()
+            step()
 
     return call, {}
 
@@ -116,12 +118,18 @@ def whole_loop(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     loop.learner.step = watch.timed("updating", watch.on_device(trainer.learner.step))
 
     def call() -> dict[str, float]:
+        # The updates that were made alone are not to stand for those that the loop owes.
+        trainer.learner.updates = trainer.updates_due
+        before = trainer.learner.updates
         start = time.perf_counter()
         for _ in range(TURNS):
             trainer.iterate()
         if CUDA:
             torch.cuda.synchronize()
         watch.wall += time.perf_counter() - start
+        made = trainer.learner.updates - before
+        if abs(made - TURNS * due(trainer.config)) > due(trainer.config):
+            raise RuntimeError(f"{made} updates in {TURNS} turns are not the baseline's work")
         return watch.shares()
 
     return call, {}
