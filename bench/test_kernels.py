@@ -64,7 +64,7 @@ def test_operation(case: Case, backward: bool, implementation: str, measure: Mea
     else:
         operation = operation_of(case, implementation)
         if implementation != "eager":
-            hold(operation, getattr(REFERENCE, case.operation), case)
+            hold(operation, getattr(REFERENCE, case.operation), case, ours=implementation == "fused")
         calls = [call_of(operation, case, seed, backward) for seed in range(SETS)]
     passes = f"forward{' + backward' * backward}"
     median = measure(
