@@ -1,8 +1,8 @@
 """What the runner and its peers' processes say to each other, one JSON object a line, over the process's pipes.
 
 The process first says `{"ready": {...}}` (what it runs and how many parameters that has) or `{"missing": why}`, then
-answers `{"do": "update" or "act", "times": n}` with `{"seconds": for one}` until `{"do": "quit"}`. Needs nothing but the
-standard library and numpy, for a peer may live in an interpreter that has neither PyTorch nor fastdreamer.
+answers `{"do": "update" or "act", "times": n}` with `{"seconds": for one}` until `{"do": "quit"}`. Needs nothing but
+the standard library and numpy, for a peer may live in an interpreter that has neither PyTorch nor fastdreamer.
 """
 
 import importlib.util

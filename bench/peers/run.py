@@ -1,7 +1,7 @@
 """Published Dreamers beside ours: `python bench/peers/run.py NAME=PATH_OR_PACKAGE ...`.
 
-The same synthetic batch and shapes, each in a process of its own, all alive at once and taking turns update by update, so
-that a ratio is of the same minutes. README.md beside this file says how to get the peers and what is compared.
+The same synthetic batch and shapes, each in a process of its own, all alive at once and taking turns update by update,
+so that a ratio is of the same minutes. README.md beside this file says how to get the peers and what is compared.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ if __name__ == "__main__":
     # This folder would hide the installed packages that its modules are named after.
     sys.path[0] = str(ROOT)
 
-import numpy as np
-import torch
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
-from bench.conftest import clocks, device_name, output_of
-from bench.peers.protocol import Spec, Variant
-from fastdreamer.config import SIZES, BadInput
-from fastdreamer.runtime import Captured, choose_device
+from bench.conftest import clocks, device_name, output_of  # noqa: E402
+from bench.peers.protocol import Spec, Variant  # noqa: E402
+from fastdreamer.config import SIZES, BadInput  # noqa: E402
+from fastdreamer.runtime import Captured, choose_device  # noqa: E402
 
 PEERS = {
     "r2dreamer": "bench.peers.r2dreamer",
@@ -55,7 +56,7 @@ class Worker:
 
     def __init__(self, name: str, adapter: str, spec: Spec, *, python: str, patience: float):
         self.name, self.patience = name, patience
-        self.errors = tempfile.TemporaryFile()
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         try:
             self.process = subprocess.Popen(
@@ -103,10 +104,8 @@ class Worker:
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout, self.errors):
             if pipe is not None:
-                try:
+                with suppress(BrokenPipeError):
                     pipe.close()
-                except BrokenPipeError:
-                    pass
 
 
 @dataclass

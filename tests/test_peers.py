@@ -1,0 +1,201 @@
+"""The runner of `bench/peers/`, with peers written for the purpose; none of the published ones is needed."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from bench.peers import protocol, run  # noqa: E402
+from bench.peers.protocol import Spec, Variant  # noqa: E402
+from fastdreamer.config import BadInput  # noqa: E402
+
+SPEC = Spec("", "", "", "cpu", "tiny", {}, envs=4, batch_size=2, batch_length=8)
+# What its variants take is not measured but slept, and long against what starting a process disturbs.
+FAKE = """
+import os, sys, time
+from bench.peers.protocol import Missing, Spec, Variant, locate
+
+FILES = ("{name}.py",)
+SECONDS = {seconds}
+
+
+def variants(device):
+    return [Variant("", way) for way in SECONDS]
+
+
+class Peer:
+    parameters, runs = 12, "nothing"
+
+    def __init__(self, spec):
+        self.seconds, self.calls = SECONDS[spec.way or "as is"], 0
+        print("a peer may print what it likes")
+
+    def update(self):
+        self.calls += 1
+        if self.seconds == "dies":
+            print("gave way", file=sys.stderr)
+            os._exit(3)
+        if self.seconds == "dies late" and self.calls > 5:
+            os._exit(3)
+        if self.seconds == "hangs":
+            time.sleep(60)
+        time.sleep(self.seconds if isinstance(self.seconds, float) else 0.01)
+
+    def act(self):
+        time.sleep(0.002)
+
+
+def build(spec):
+    if SECONDS[spec.way or "as is"] == "misses":
+        import a_package_that_is_not_there
+    return Peer(spec)
+"""
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`fakes(name={way: seconds, or what goes wrong})` makes peers of these names, ours among them."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(run, "OURS", "fake_ours")
+    monkeypatch.setattr(run, "PEERS", {})
+
+    def make(**peers: dict[str, Any]) -> None:
+        for name, seconds in peers.items():
+            (tmp_path / f"fake_{name}.py").write_text(FAKE.format(name=name, seconds=seconds))
+            (tmp_path / f"{name}.py").touch()
+            if name != "ours":
+                run.PEERS[name] = f"fake_{name}"
+
+    make(ours={"as is": 0.03, "eager fp32": 0.06})
+    yield make
+    for name in [name for name in sys.modules if name.startswith("fake_")]:
+        del sys.modules[name]
+
+
+def compare(tmp_path: Path, names: Sequence[str], *options: str) -> dict[str, Any]:
+    """Runs the fakes, whose checkout is the folder that they lie in, and gives what was stored."""
+    file = tmp_path / "stored.json"
+    assert run.main([*(f"{name}={tmp_path}" for name in names), "--device", "cpu", "--json", str(file), *options]) == 0
+    return json.loads(file.read_text())
+
+
+def ratios(stored: dict[str, Any], group: str = "update beside peers, size S") -> dict[str, float]:
+    return {
+        result["implementation"]: result["ratio"] for result in stored["results"] if result["group"] == group
+    }  # fmt: skip
+
+
+def test_a_ratio_is_the_peers_time_over_ours_and_the_fastest_variant_is_compared(fakes: Any, tmp_path: Path) -> None:
+    fakes(quick={"slow": 0.2, "fast": 0.09})
+    stored = compare(tmp_path, ["quick"], "--rounds", "2")
+    found = ratios(stored)
+    assert set(found) == {*run.REFERENCES, "quick, fast"}
+    assert found["quick, fast"] == pytest.approx(3, rel=0.25)
+    assert found[run.EAGER] == pytest.approx(2, rel=0.25)
+    assert found[run.COMPILED] == 1
+    peer = next(result for result in stored["results"] if result["implementation"] == "quick, fast")
+    assert peer["parameters"] == 12
+    assert peer["rounds"] == 2
+    assert 0 < peer["ratio_low"] <= peer["ratio"] <= peer["ratio_high"]
+    assert not any("median_s" in result for result in stored["results"]), "times of a CPU are not stored"
+    # 0.09 s of update and 0.002 s of decision, over 0.03 and 0.002: half an update and a sixteenth decision each.
+    assert ratios(stored, "frame end to end beside peers, size S")["quick, fast"] == pytest.approx(3, rel=0.25)
+
+
+def test_a_peer_that_fails_is_a_line_and_the_others_run(
+    fakes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes(broken={"one": "dies"}, poor={"one": "misses"}, late={"one": "dies late"}, good={"one": 0.03})
+    stored = compare(tmp_path, ["broken", "poor", "late", "good"], "--rounds", "3")
+    assert set(ratios(stored)) == {*run.REFERENCES, "good, one"}
+    lines = capsys.readouterr().out.splitlines()
+    assert "broken, one: its process ended: gave way" in lines
+    assert "poor, one: misses something: No module named 'a_package_that_is_not_there'" in lines
+    assert sum(line.startswith("late, one: its process ended") for line in lines) == 1
+
+
+def test_a_peer_without_an_answer_is_given_up(
+    fakes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes(stuck={"one": "hangs"})
+    worker = run.Worker("stuck", "fake_stuck", replace(SPEC, way="one"), python=sys.executable, patience=30)
+    worker.patience = 0.5
+    with pytest.raises(run.Gone, match="no answer in 0 s"):
+        worker.ask("update")
+    worker.close()
+    assert worker.process.poll() is not None
+
+
+def test_no_answer_where_fastdreamer_does_not_run(
+    fakes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes(ours={"as is": "misses", "eager fp32": 0.06}, good={"one": 0.03})
+    assert run.main([f"good={tmp_path}", "--device", "cpu"]) == 1
+    assert capsys.readouterr().err.startswith("error: misses something: No module named")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["dreamer9=/tmp"], "there is no peer dreamer9"),
+        (["r2dreamer"], "NAME=WHERE"),
+        (["r2dreamer=/no/such/folder"], "there is no such folder"),
+        (["r2dreamer=EMPTY"], "is no checkout of r2dreamer (it has no dreamer.py)"),
+        (["dreamerv3-torch=EMPTY"], "is no checkout of dreamerv3-torch (it has no dreamer.py)"),
+        (["jax-dreamerv3=EMPTY"], "is no checkout of jax-dreamerv3"),
+        (["torchrl=EMPTY"], "it is used as an installed package"),
+        (["torchrl=torchrl", "--python", "torchrl=/no/python"], "--python torchrl=/no/python"),
+        (["torchrl=torchrl", "--rounds", "0"], "--rounds"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run.main([argument.replace("EMPTY", str(tmp_path)) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_a_package_that_is_not_installed_is_missing() -> None:
+    run.check("torchrl", "torchrl")
+    with pytest.raises(protocol.Missing, match="no package a_package_that_is_not_there"):
+        protocol.locate("a_package_that_is_not_there")
+    with pytest.raises(BadInput):
+        run.check("torchrl", "not/a/package")
+
+
+def test_everyone_has_variants_and_gets_the_same_batch() -> None:
+    for adapter in run.PEERS.values():
+        for device in ("cpu", "cuda"):
+            variants: list[Variant] = __import__(adapter, fromlist=["variants"]).variants(device)
+            assert len({variant.name for variant in variants}) == len(variants) > 1
+    first, second = protocol.batch(SPEC), protocol.batch(SPEC)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    assert first["image"].shape == (2, 8, 64, 64, 3)
+    assert first["action"].shape == (2, 8, 6)
+    assert first["is_first"].dtype == bool
+
+
+def test_ours_is_a_peer_like_the_others() -> None:
+    """A real update and decision in a process of its own, at size tiny."""
+    spec = replace(SPEC, model="mudreamer", way="eager fp32")
+    worker = run.Worker("ours", "bench.peers.ours", spec, python=sys.executable, patience=60)
+    try:
+        assert worker.parameters > 10_000
+        assert "tiny" in worker.runs
+        assert worker.ask("update") > 0
+        assert worker.ask("act", 2) > 0
+    finally:
+        worker.close()
