@@ -312,7 +312,11 @@ def _long(module: Module, groups: Groups) -> tuple[list[str], list[list[str]]]:
     ]
     several = len(groups) > 1
     header = ["group", "implementation"] if several else list(groups)
-    header += [*labels, "time / baseline's (spread)", *(["median (spread)"] if module.timed else [])]
+    header += [
+        *(label.replace("_per_s", " a second") for label in labels),
+        "time / baseline's (spread)",
+        *(["median (spread)"] if module.timed else []),
+    ]
     rows = []
     for group, results in groups.items():
         for i, (name, result) in enumerate(results.items()):

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -446,7 +447,7 @@ def test_bars_and_lines_are_where_the_ratios_are(repository):
     widths = sorted(round(bar.get_width(), 4) for bar in axes.patches)  # pyright: ignore[reportAttributeAccessIssue]
     assert widths == sorted([*UPDATE.values(), 1.0, 0.9, 1.0, 0.9, 1.0, 0.031])
     (axes,) = benchmarks._lines(modules["scaling"], "B").axes
-    assert axes.lines[0].get_xydata().tolist() == [[8, 0.55], [16, 1.0], [32, 1.9]]
+    assert np.array(axes.lines[0].get_xydata()).tolist() == [[8, 0.55], [16, 1.0], [32, 1.9]]
 
 
 # Bad input.
