@@ -85,6 +85,7 @@ class Peer:
 def _learner(spec: Spec, device: Any) -> tuple[Any, Any, Any]:
     """The loss that the stepper trains, what moves its slow critic, and a decision as a function of tensors."""
     import torch
+    from tensordict import TensorDict  # pyright: ignore[reportMissingImports]
     from tensordict.nn import (  # pyright: ignore[reportMissingImports]
         NormalParamExtractor,
         ProbabilisticTensorDictModule,
@@ -199,15 +200,9 @@ def _learner(spec: Spec, device: Any) -> tuple[Any, Any, Any]:
     def decide(image: Any, state: Any, belief: Any, action: Any) -> tuple[Any, Any, Any]:
         _, _, belief = prior(state, belief, action)
         _, state = posterior(belief, encoder(image))
-        return state, belief, actor.get_dist_from_params(_parameters(actor, state, belief)).sample()
+        return state, belief, actor(TensorDict({"state": state, "belief": belief}, [len(state)]))["action"]
 
     return learner, targets, decide
-
-
-def _parameters(actor: Any, state: Any, belief: Any) -> Any:
-    from tensordict import TensorDict  # pyright: ignore[reportMissingImports]
-
-    return actor.get_dist_params(TensorDict({"state": state, "belief": belief}, [len(state)]))
 
 
 def build(spec: Spec) -> Peer:
