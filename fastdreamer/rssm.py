@@ -22,8 +22,8 @@ class State(NamedTuple):
     stoch: Tensor
 
     def features(self) -> Tensor:
-        """s_t as the heads read it: (..., D + S*K)."""
-        return torch.cat([self.deter, self.stoch.flatten(-2)], -1)
+        """s_t as the heads read it: (..., D + S*K), in the latents' dtype: narrow once rather than in every head."""
+        return torch.cat([self.deter.to(self.stoch.dtype), self.stoch.flatten(-2)], -1)
 
     def detach(self) -> "State":
         return State(self.deter.detach(), self.stoch.detach())
@@ -65,8 +65,9 @@ class RSSM(nn.Module):
 
         Beyond [-1, 1] an action counts as its bound, as environments clip it; its gradient is scaled, not cut.
         """
-        u = self.inp_norm(self.inp(torch.cat([state.stoch.flatten(-2), bounded(action)], -1)))
-        pre = self.gates(torch.cat([u, state.deter], -1))
+        stoch = state.stoch.flatten(-2)
+        u = self.inp_norm(self.inp(torch.cat([stoch, bounded(action).to(stoch.dtype)], -1)))
+        pre = self.gates(torch.cat([u, state.deter.to(u.dtype)], -1))
         return self.ops.gru_gates(pre, state.deter, self.gates_weight, self.gates_bias, NORM_EPS)
 
     def prior(self, deter: Tensor) -> Tensor:
