@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor
 
 from fastdreamer_kernels.ops import Ops
@@ -33,7 +34,7 @@ def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     # What a backward pass saved must outlive it: two losses may share a graph.
-    torch._functorch.config.donated_buffer = False
+    functorch.donated_buffer = False
     build = functools.partial(_Compiled, notify=notify, least=least)
     gru_gates, sample_onehot = build(plain.gru_gates), build(plain.sample_onehot)
     layer_norm_act = build(plain.layer_norm_act)
