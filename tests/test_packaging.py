@@ -125,19 +125,33 @@ def test_environments_load_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_learner_imports_with_torch_triton_and_numpy_alone():
+def blocked() -> set[str]:
+    """Packages that we declare and that a machine with a GPU may lack, by the names they are imported under."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = [*project["dependencies"], *(x for extra in project["optional-dependencies"].values() for x in extra)]
     names = {match.group() for line in declared if (match := re.match(r"[A-Za-z0-9_-]+", line))}
-    blocked = {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names - LEARNER_NEEDS}
-    assert {"PIL", "yaml", "nvtx", "tyro", "envpool", "av"} <= blocked
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names - LEARNER_NEEDS}
+
+
+def test_the_learner_imports_with_torch_triton_and_numpy_alone():
+    assert {"PIL", "yaml", "nvtx", "tyro", "envpool", "av"} <= blocked()
     modules = [f"fastdreamer.{name}" for name in LEARNER]
     modules += [module_of(path) for path in SOURCES if "fastdreamer_kernels" in path.parts]
     done = run(
-        f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)}))\n"  # None makes an import fail
+        f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked())}))\n"  # None makes an import fail
         f"import {', '.join(modules)}"
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_benchmarks_load_with_pytest_and_its_benchmark_plugin_besides():
+    # Installed plugins are loaded by pytest itself.
+    rest = sorted(blocked() - {"pytest", "pytest_benchmark", "pytest_timeout", "hypothesis"})
+    done = run(
+        f"import sys\nsys.modules.update(dict.fromkeys({rest}))\n"
+        "import pytest\nsys.exit(pytest.main(['bench', '--collect-only', '-q', '-p', 'no:cacheprovider']))"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_kernels_is_no_package_and_top_level_names_are_the_known_ones():
