@@ -109,6 +109,22 @@ def clocks() -> str | None:
 # Results.
 
 
+def provenance() -> dict[str, Any]:
+    """Where and of what results are: what is stored above them."""
+    dirty = output_of("git", "status", "--porcelain", "--", "fastdreamer", "kernels", "bench/*.py")
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "commit": output_of("git", "rev-parse", "HEAD"),
+        "changed since": dirty if dirty is None else bool(dirty),
+        "clocks": clocks(),
+        "when": time.strftime("%Y-%m-%d"),
+    }
+
+
 class Results:
     """One JSON file for each benchmark module of a run, rewritten with every result.
 
@@ -120,19 +136,7 @@ class Results:
 
     def __init__(self, folder: Path, measured: dict[str, list[dict[str, Any]]]):
         self.folder, self.measured = folder, measured
-        dirty = output_of("git", "status", "--porcelain", "--", "fastdreamer", "kernels", "bench/*.py")
-        self.head = {
-            "device": device_name(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": version("triton"),
-            "cuda": torch.version.cuda,
-            "commit": output_of("git", "rev-parse", "HEAD"),
-            "changed since": dirty if dirty is None else bool(dirty),
-            "clocks": clocks(),
-            "when": time.strftime("%Y-%m-%d"),
-        }
+        self.head = provenance() | {"triton": version("triton")}
         self.times: dict[tuple[str, str], tuple[float, float, float]] = {}
         self.results: dict[str, list[dict[str, Any]]] = {}
 

@@ -127,10 +127,7 @@ def ours(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     optimizer.grad.copy_(torch.randn(optimizer.grad.shape, generator=torch.Generator().manual_seed(0)))
 
     def step() -> None:
-        optimizer.ops.adam_step(
-            optimizer.param, optimizer.grad, optimizer.mean, optimizer.square, optimizer.steps, optimizer.slow,
-            lr=optimizer.lr, beta1=0.9, beta2=0.999, eps=optimizer.eps, clip=optimizer.clip, rate=optimizer.rate,
-        )  # fmt: skip
+        optimizer.apply()
 
     step()
     return step, {"parameters": optimizer.param.norm().item(), "moments": optimizer.mean.norm().item()}

@@ -47,9 +47,7 @@ def test_environments(rows: int, measure: Measure, runs: Runs, request: pytest.F
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "size", [size if CUDA or size != "S" else pytest.param(size, marks=pytest.mark.long) for size in SIZES]
-)
+@pytest.mark.parametrize("size", SIZES)
 def test_size(size: str, measure: Measure, runs: Runs) -> None:
     config = configure(WAY, size=size, replay_capacity=CAPACITY)
     measure(

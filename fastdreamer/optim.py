@@ -56,6 +56,10 @@ class Optimizer:
         )
         with torch.no_grad():
             torch._foreach_copy_(self._grads, grads)  # pyright: ignore
+        return self.apply()
+
+    def apply(self) -> Tensor:
+        """Clips and applies the gradient that lies in `grad`, and moves the slow copies. Returns its norm before."""
         return self.ops.adam_step(
             self.param,
             self.grad,

@@ -12,17 +12,7 @@ PYTHON names the interpreter (default: .venv/bin/python where there is one, else
 END
 }
 
-fail() {
-    echo "error: $1" >&2
-    exit 2
-}
-
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON:-}
-if [[ -z $python ]]; then
-    python=python3
-    if [[ -x $here/../.venv/bin/python ]]; then python=$here/../.venv/bin/python; fi
-fi
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 operation=
 output=

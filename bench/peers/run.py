@@ -8,12 +8,10 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import select
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -26,9 +24,8 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
-from bench.conftest import clocks, device_name, output_of  # noqa: E402
+from bench.conftest import clocks, device_name, output_of, provenance  # noqa: E402
 from bench.peers.protocol import Spec, Variant  # noqa: E402
 from fastdreamer.config import SIZES, BadInput  # noqa: E402
 from fastdreamer.runtime import Captured, choose_device  # noqa: E402
@@ -317,14 +314,7 @@ def compare(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
             raise Gone("fastdreamer itself did not come to the end")
         versions = {entry.name: entry.worker.versions for entry in alive}
         return {
-            "device": device_name(),
-            "threads": torch.get_num_threads(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "commit": output_of("git", "rev-parse", "HEAD"),
-            "changed since": bool(output_of("git", "status", "--porcelain", "--", "fastdreamer", "kernels", "bench")),
-            "when": time.strftime("%Y-%m-%d"),
+            **provenance(),
             "shapes": {key: value for key, value in asdict(spec).items() if key not in ("where", "model", "way")},
             "peers": {name: commit(where) for name, where in args.peers.items()},
             "versions": versions,
