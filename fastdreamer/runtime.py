@@ -7,6 +7,7 @@ callables it is given.
 
 import copy
 import ctypes
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -157,22 +158,26 @@ class Runtime:
         """`fused`: the operations are our kernels, so that a whole update is a graph of moderate size."""
         self.device, self.precision, self.compile, self.fused, self.say = device, precision, compile, fused, say
         self.record = record or (record_cuda_graph if compile and device.type == "cuda" else None)
+        # Not where something is recorded: autocast's cache is not made for that.
+        here = device.type == "cpu" and precision == "bf16" and not fused and self.record is None
+        self._keeps_casts = here and casts_know_gradients()
         self._began: float | None = None
 
     def autocast(self) -> Any:
-        """The context that callables run in. Casts are not kept: a weight changes within an update."""
+        """The context that callables run in. A weight's cast is kept, where it can be, until `operations` change it."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=self._keeps_casts)
 
     def operations(self, plain: Ops) -> Ops:
         """The operations that the algorithm gets: compiled one by one where that is what `compile` means."""
-        if not self.compile or self.fused:
-            return plain
-        if self.device.type == "cpu" and (reason := _no_inductor()) is not None:
-            self.say(f"nothing is compiled: {reason}")
-            return plain
-        return compiled(plain, self._compiling, WORTH if self.device.type == "cpu" else 0)
+        ops = plain
+        if self.compile and not self.fused:
+            if self.device.type == "cpu" and (reason := _no_inductor()) is not None:
+                self.say(f"nothing is compiled: {reason}")
+            else:
+                ops = compiled(plain, self._compiling, WORTH if self.device.type == "cpu" else 0)
+        return ops._replace(adam_step=_forgetting_casts(ops.adam_step)) if self._keeps_casts else ops
 
     def whole(self, update: Callable[..., Any]) -> Callable[..., Any]:
         """`update` compiled as one graph with its backward passes, where it is of moderate size and PyTorch can."""
@@ -195,6 +200,30 @@ class Runtime:
         if self._began is None:
             self._began = time.monotonic()
         self.say(f"compiling {what} ({time.monotonic() - self._began:.0f} s)")
+
+
+def casts_know_gradients() -> bool:
+    """Whether a weight's cast that autocast made without gradients is made anew where they are wanted.
+
+    Not before PyTorch's pull request 165068: there, whatever uses it later silently learns nothing.
+    """
+    weight, row = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            torch.nn.functional.linear(row, weight)
+        return torch.nn.functional.linear(row, weight).requires_grad
+
+
+def _forgetting_casts(adam_step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The operation that changes weights; the casts made of them before are dropped after it."""
+
+    @functools.wraps(adam_step)
+    def step(*args: Any, **options: Any) -> Tensor:
+        norm = adam_step(*args, **options)
+        torch.clear_autocast_cache()
+        return norm
+
+    return step
 
 
 class _Fallback:

@@ -164,7 +164,8 @@ def traced_update(
     noise, optimizers = agent.draw_update_noise(torch.Generator().manual_seed(0)), agent.make_optimizers()
     torch._dynamo.reset()
     update = torch.compile(agent.update, fullgraph=True, dynamic=False, backend=backend) if backend else agent.update
-    with torch._dynamo.config.patch(trace_autograd_ops=True), Runtime(CPU, precision=precision).autocast():
+    runtime = Runtime(CPU, precision=precision, fused=True)
+    with torch._dynamo.config.patch(trace_autograd_ops=True), runtime.autocast():
         return update(make_batch(spaces, *sizes[:2]), noise, optimizers)
 
 

@@ -5,12 +5,26 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from fastdreamer_kernels import ops
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastdreamer import runtime as machinery
 from fastdreamer import train
 from fastdreamer.config import BadInput, parse_command
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.runtime import Batches, Learner, NonFinite, Stager, choose_device, first_line, generator
+from fastdreamer.optim import Optimizer
+from fastdreamer.runtime import (
+    Batches,
+    Learner,
+    NonFinite,
+    Runtime,
+    Stager,
+    casts_know_gradients,
+    choose_device,
+    first_line,
+    generator,
+)
 
 CPU = torch.device("cpu")
 
@@ -109,6 +123,55 @@ def test_batches_from_elsewhere_lie_in_the_same_tensors() -> None:
         assert torch.equal(batches()["x"], drawn[i])
         places.add(batches()["x"].data_ptr())
     assert len(places) == 1
+
+
+class Narrowed(TorchDispatchMode):
+    """Counts casts to bfloat16."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self.count += func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("compile", [True, False])
+def test_a_weight_is_narrowed_once_until_it_changes(compile: bool) -> None:
+    """And never used as it was before its optimiser's step; the gradient also comes if it was used without before."""
+    if not casts_know_gradients():
+        pytest.skip("this PyTorch keeps casts that lack gradients")
+    runtime = Runtime(CPU, precision="bf16", compile=compile, say=lambda _: None)
+    layer, row = nn.Linear(2, 2, bias=False), torch.ones(1, 2, dtype=torch.bfloat16)
+    optimizer = Optimizer(layer.parameters(), runtime.operations(ops.load("reference")), lr=0.5, eps=1e-8, clip=1e3)
+    nn.init.ones_(layer.weight)
+    with runtime.autocast(), Narrowed() as narrowed:
+        with torch.no_grad():
+            assert layer(row).tolist() == [[2, 2]]
+        for _ in range(3):
+            narrowed.count = 0
+            loss = (layer(row) + layer(row)).sum()
+            assert narrowed.count <= 1
+            optimizer.step(loss)
+        # Adam's steps are as long as its rate.
+        assert layer(row).float().detach() == pytest.approx(2 * (1 - 3 * 0.5), abs=1e-4)
+
+
+@pytest.mark.parametrize("where", ["an old PyTorch", "a recording", "our kernels"])
+def test_casts_are_not_kept(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "an old PyTorch":
+        monkeypatch.setattr(machinery, "casts_know_gradients", lambda: False)
+    runtime = Runtime(
+        CPU,
+        precision="bf16",
+        fused=where == "our kernels",
+        record=(lambda function, _: (function(), function)) if where == "a recording" else None,
+    )
+    layer = nn.Linear(2, 2, bias=False)
+    with runtime.autocast(), Narrowed() as narrowed:
+        for _ in range(3):
+            layer(torch.ones(1, 2, dtype=torch.bfloat16))
+    assert narrowed.count == 3
 
 
 def test_an_error_is_one_line() -> None:

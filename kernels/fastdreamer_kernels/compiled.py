@@ -59,6 +59,7 @@ def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
         layer_norm_act=layer_norm_rows,
         twohot_loss=twohot_loss_rows,
         twohot_mean=twohot_mean_rows,
+        adam_step=build(plain.adam_step),
         rssm_observe=hoisted.rssm_observe,
     )
     if least == 0:
@@ -66,7 +67,6 @@ def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
         chosen = chosen._replace(
             batch_norm_act=build(plain.batch_norm_act),
             kl_balance=build(plain.kl_balance),
-            adam_step=build(plain.adam_step),
             rssm_observe=functools.partial(rssm_observe.rssm_observe, step=step),
         )
     return chosen
