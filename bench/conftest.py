@@ -31,7 +31,7 @@ from fastdreamer_kernels.compare import compare, failures, tensors
 from torch import Tensor
 
 from fastdreamer.config import Config
-from fastdreamer.runtime import Captured
+from fastdreamer.runtime import Captured, fast_bf16
 from fastdreamer.train import Trainer
 from fastdreamer.workload import Way, ready
 
@@ -85,13 +85,15 @@ MEASURED = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 
 
 def device_name() -> str:
-    """The device, as a folder's name."""
+    """The device, as a folder's name. A CPU's says what it computes with: virtual machines hide which model it is."""
     if CUDA:
         return torch.cuda.get_device_name().replace(" ", "-")
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     models = [line.split(":")[1].strip() for line in lines if "model name" in line] or [platform.machine()]
-    return f"{models[0].replace(' ', '-')}-{os.cpu_count()}-cores"
+    narrow = ["BF16"] if fast_bf16(torch.device("cpu")) else []
+    parts = [models[0], torch.backends.cpu.get_cpu_capability(), *narrow, str(os.cpu_count()), "cores"]
+    return "-".join(parts).replace(" ", "-")
 
 
 def output_of(*command: str) -> str | None:

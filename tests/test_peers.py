@@ -46,6 +46,8 @@ class Peer:
             os._exit(3)
         if self.seconds == "dies late" and self.calls > 5:
             os._exit(3)
+        if self.seconds == "is killed":
+            os.kill(os.getpid(), 9)
         if self.seconds == "hangs":
             time.sleep(60)
         time.sleep(self.seconds if isinstance(self.seconds, float) else 0.01)
@@ -115,11 +117,17 @@ def test_a_ratio_is_the_peers_time_over_ours_and_the_fastest_variant_is_compared
 def test_a_peer_that_fails_is_a_line_and_the_others_run(
     fakes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fakes(broken={"one": "dies"}, poor={"one": "misses"}, late={"one": "dies late"}, good={"one": 0.03})
-    stored = compare(tmp_path, ["broken", "poor", "late", "good"], "--rounds", "3")
-    assert set(ratios(stored)) == {*run.REFERENCES, "good, one"}
+    fakes(
+        broken={"one": "dies"}, large={"one": "is killed"}, poor={"one": "misses"}, late={"one": "dies late"},
+        good={"one": 0.09},
+    )  # fmt: skip
+    stored = compare(tmp_path, ["broken", "large", "poor", "late", "good"], "--rounds", "3")
+    found = ratios(stored)
+    assert set(found) == {*run.REFERENCES, "good, one"}
+    assert found["good, one"] == pytest.approx(3, rel=0.25)
     lines = capsys.readouterr().out.splitlines()
     assert "broken, one: its process ended: gave way" in lines
+    assert "large, one: its process ended: killed, for want of memory as it seems" in lines
     assert "poor, one: misses something: No module named 'a_package_that_is_not_there'" in lines
     assert sum(line.startswith("late, one: its process ended") for line in lines) == 1
 

@@ -1,7 +1,8 @@
 """Published Dreamers beside ours: `python bench/peers/run.py NAME=PATH_OR_PACKAGE ...`.
 
-The same synthetic batch and shapes, each in a process of its own, all alive at once and taking turns update by update,
-so that a ratio is of the same minutes. README.md beside this file says how to get the peers and what is compared.
+The same synthetic batch and shapes, each in a process of its own. One peer after another takes turns with ours, update
+by update, so that a ratio is of the same minutes. README.md beside this file says how to get the peers and what is
+compared.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import importlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -94,7 +96,10 @@ class Worker:
     def _last_error(self) -> str:
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1] if lines else f"exit code {self.process.poll()}, and nothing said"
+        code = self.process.wait()
+        if code == -signal.SIGKILL:
+            return "killed, for want of memory as it seems"
+        return lines[-1] if lines else f"exit code {code}, and nothing said"
 
     def close(self) -> None:
         self.process.kill()
@@ -112,6 +117,8 @@ class Entry:
     name: str
     worker: Worker
     own: bool = True
+    first: int = 0
+    """How many rounds the references had behind them at its first."""
     updates: list[float] = field(default_factory=list)
     decisions: list[float] = field(default_factory=list)
 
@@ -173,9 +180,11 @@ def start(title: str, adapter: str, spec: Spec, variant: Variant, *, python: str
     return worker
 
 
-def take_turns(entries: list[Entry], rounds: int, times: int) -> list[Entry]:
-    """In each round everyone makes an update and decisions, in turn. Gives back those that came to the end."""
-    alive = list(entries)
+def take_turns(references: list[Entry], peers: list[Entry], rounds: int, times: int) -> list[Entry]:
+    """In each round everyone makes an update and decisions, in turn. Gives back the peers that came to the end."""
+    for entry in peers:
+        entry.first = len(references[0].updates)
+    alive = [*references, *peers]
     for _ in range(rounds):
         for entry in list(alive):
             try:
@@ -186,7 +195,9 @@ def take_turns(entries: list[Entry], rounds: int, times: int) -> list[Entry]:
                 continue
             entry.updates.append(update)
             entry.decisions.append(decision)
-    return alive
+    if not all(reference in alive for reference in references):
+        raise Gone("fastdreamer itself did not come to the end")
+    return [entry for entry in peers if entry in alive]
 
 
 def results(entries: list[Entry], spec: Spec, timed: bool) -> list[dict[str, Any]]:
@@ -194,8 +205,6 @@ def results(entries: list[Entry], spec: Spec, timed: bool) -> list[dict[str, Any
     named = {entry.name: entry for entry in entries}
     found = []
     for baseline in (COMPILED, DREAMERV3):
-        if baseline not in named:
-            continue
         suffix = f"size {spec.size}{', DreamerV3' if baseline == DREAMERV3 else ''}"
         for group, of in (
             (f"update beside peers, {suffix}", lambda entry: np.array(entry.updates)),
@@ -204,7 +213,8 @@ def results(entries: list[Entry], spec: Spec, timed: bool) -> list[dict[str, Any
             for entry in entries:
                 if entry is not named[baseline] and entry.name in REFERENCES and baseline == DREAMERV3:
                     continue
-                times, bases = of(entry), of(named[baseline])
+                times = of(entry)
+                bases = of(named[baseline])[entry.first :][: len(times)]
                 low, middle, high = np.quantile(times / bases, [0.2, 0.5, 0.8]).tolist()
                 result = {
                     "group": group, "implementation": entry.name, "baseline": baseline, "ratio": round(middle, 4),
@@ -222,7 +232,7 @@ def results(entries: list[Entry], spec: Spec, timed: bool) -> list[dict[str, Any
 def show(found: list[dict[str, Any]]) -> None:
     for group in dict.fromkeys(result["group"] for result in found):
         members = [result for result in found if result["group"] == group]
-        print(f"\n{group}: times the time of {members[0]['baseline']} (20 % to 80 % of {members[0]['rounds']} rounds)")
+        print(f"\n{group}: times the time of {members[0]['baseline']} (20 % to 80 % of the rounds)")
         width = max(len(result["implementation"]) for result in members)
         for result in members:
             spread = f"({result['ratio_low']:.2f} to {result['ratio_high']:.2f})"
@@ -295,23 +305,28 @@ def check(name: str, where: str) -> None:
 def compare(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
     """Runs everyone. Raises Gone where fastdreamer itself does not run."""
     times = 1 if spec.device == "cpu" else 10
+    references: list[Entry] = []
     entries: list[Entry] = []
     try:
         for name, (model, way) in REFERENCES.items():
             variant = Variant(model, way)
             worker = start(name, OURS, spec, variant, python=sys.executable, patience=args.patience)
-            entries.append(Entry(name, worker))
+            references.append(Entry(name, worker))
         for name, where in args.peers.items():
             folder = Path(where).expanduser()
             here = replace(spec, where=str(folder.resolve()) if folder.is_dir() else where)
             python = args.python.get(name, sys.executable)
-            entries += fastest(
-                name, PEERS[name], here, python=python, patience=args.patience, base=entries[0].worker, times=times,
+            peers = fastest(
+                name, PEERS[name], here, python=python, patience=args.patience, base=references[0].worker, times=times,
                 skip=args.skip,
             )  # fmt: skip
-        alive = take_turns(entries, args.rounds, times)
-        if not {COMPILED, DREAMERV3} <= {entry.name for entry in alive}:
-            raise Gone("fastdreamer itself did not come to the end")
+            try:
+                entries += take_turns(references, peers, args.rounds, times)
+            finally:
+                # One peer at a time: what memory and caches have to hold besides ours.
+                for entry in peers:
+                    entry.worker.close()
+        alive = [*references, *entries]
         versions = {entry.name: entry.worker.versions for entry in alive}
         return {
             **provenance(),
@@ -321,7 +336,7 @@ def compare(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
             "results": results(alive, spec, timed=spec.device == "cuda"),
         }
     finally:
-        for entry in entries:
+        for entry in references:
             entry.worker.close()
 
 
