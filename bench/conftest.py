@@ -113,7 +113,7 @@ def clocks() -> str | None:
 
 def provenance() -> dict[str, Any]:
     """Where and of what results are: what is stored above them."""
-    dirty = output_of("git", "status", "--porcelain", "--", "fastdreamer", "kernels", "bench/*.py")
+    dirty = output_of("git", "status", "--porcelain", "--", "fastdreamer", "kernels/*.py", "bench/*.py")
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
