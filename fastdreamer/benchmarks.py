@@ -203,10 +203,12 @@ def render(modules: Sequence[Module], name: str) -> tuple[str, bool]:
 
 
 def _figure(selection: Selection, what: str) -> str:
-    wanted, _, form = what.partition(", ")
     groups = dict(selection.groups)
     for axis in selection.axes:
         groups |= selection.module.groups(axis)
+    # An implementation's name may have commas of its own.
+    whole = any(what in results for results in groups.values()) or ", " not in what
+    wanted, form = (what, "") if whole else what.rsplit(", ", 1)
     having = {group: results[wanted] for group, results in groups.items() if wanted in results}
     if len(having) != 1:
         several = "which of " + "; ".join(having) if having else "one of " + ", ".join(

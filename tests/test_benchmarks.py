@@ -130,6 +130,16 @@ def test_what_compares_differently_shares_a_long_table_with_its_labels(repositor
     ]
 
 
+def test_an_implementations_name_may_have_commas(repository):
+    peers = [entry("peers", "ours", "ours", 1.0), entry("peers", "other, compiled", "ours", 3.2)]
+    store(repository / "bench/results" / CPU, "peers", peers)
+    modules = benchmarks.load(repository / "bench/results")
+    assert benchmarks.render(modules, "peers/other, compiled") == ("3.20", True)
+    assert benchmarks.render(modules, "peers/other, compiled, times") == ("0.3", True)
+    with pytest.raises(BadInput, match="'other' is no implementation"):
+        benchmarks.render(modules, "peers/other, times")
+
+
 def test_an_axis_has_its_values_in_order(repository):
     assert shown(repository, "scaling B").splitlines()[-5:] == [
         "| B, sequences a batch | update along B |",
