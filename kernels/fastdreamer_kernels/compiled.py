@@ -29,43 +29,45 @@ Notify = Callable[[str], None]
 def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
     """`plain` operations with the elementwise ones compiled, for inputs of at least so many elements.
 
-    The others are left: they are single kernels already (the gather), or too small a part. The posterior sequence has
-    its products taken out of the loop; with `least` 0 its step is compiled instead, as a captured graph wants it.
+    The others are left: they are single kernels already (the gather), too small a part, or PyTorch's own backward pass
+    is twice as fast as Inductor's on a CPU (layer norms, means of two-hot logits). The posterior sequence has its
+    products taken out of the loop. With `least` 0 all are compiled, and of the sequence the step: a captured graph
+    wants few and large kernels.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     # What a backward pass saved must outlive it: two losses may share a graph.
     functorch.donated_buffer = False
     build = functools.partial(_Compiled, notify=notify, least=least)
-    gru_gates, sample_onehot = build(plain.gru_gates), build(plain.sample_onehot)
-    layer_norm_act = build(plain.layer_norm_act)
-    twohot_loss, twohot_mean = build(plain.twohot_loss), build(plain.twohot_mean)
+    gru_gates, sample_onehot, twohot_loss = map(build, (plain.gru_gates, plain.sample_onehot, plain.twohot_loss))
 
     # Rows that lie in several axes would be compiled anew for each number of axes.
     def sample_rows(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
         return sample_onehot(_rows(logits), uniform.reshape(-1), unimix).view(logits.shape)
 
-    def layer_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        return layer_norm_act(_rows(x), weight, bias, eps).view(x.shape)
-
     def twohot_loss_rows(logits: Tensor, target: Tensor, low: float, high: float) -> Tensor:
         return twohot_loss(_rows(logits), target.reshape(-1), low, high).view(target.shape)
-
-    def twohot_mean_rows(logits: Tensor, low: float, high: float) -> Tensor:
-        return twohot_mean(_rows(logits), low, high).view(logits.shape[:-1])
 
     chosen = plain._replace(
         gru_gates=gru_gates,
         sample_onehot=sample_rows,
-        layer_norm_act=layer_norm_rows,
         twohot_loss=twohot_loss_rows,
-        twohot_mean=twohot_mean_rows,
         adam_step=build(plain.adam_step),
         rssm_observe=hoisted.rssm_observe,
     )
     if least == 0:
+        layer_norm_act, twohot_mean = build(plain.layer_norm_act), build(plain.twohot_mean)
+
+        def layer_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+            return layer_norm_act(_rows(x), weight, bias, eps).view(x.shape)
+
+        def twohot_mean_rows(logits: Tensor, low: float, high: float) -> Tensor:
+            return twohot_mean(_rows(logits), low, high).view(logits.shape[:-1])
+
         step = build(rssm_observe.observe_step)
         chosen = chosen._replace(
+            layer_norm_act=layer_norm_rows,
             batch_norm_act=build(plain.batch_norm_act),
+            twohot_mean=twohot_mean_rows,
             kl_balance=build(plain.kl_balance),
             rssm_observe=functools.partial(rssm_observe.rssm_observe, step=step),
         )
