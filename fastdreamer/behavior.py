@@ -27,7 +27,7 @@ class ImaginationNoise(NamedTuple):
 
 class Trajectory(NamedTuple):
     """An imagined trajectory, time first: `features` (H+1, N, F), the actor's outputs `policy` (H, N, P), `action`
-    (H, N, A), and per state (H+1, N): `reward` that arrives with it, `cont` (the start state's is the true one)."""
+    (H, N, A), and per state (H+1, N): `reward` that came with it (0 with the start), `cont` (the start's is true)."""
 
     features: Tensor
     policy: Tensor
@@ -82,10 +82,11 @@ class Behavior(nn.Module):
             features.append(state.features())
         # H+1 times (N, F) -> (H+1, N, F)
         stacked = torch.stack(features)
-        reward = model.predict_reward(stacked).mean()
-        imagined_cont = model.predict_cont(stacked[1:]).mean()
-        ends = torch.cat([cont.unsqueeze(0), imagined_cont])
-        return Trajectory(stacked, torch.stack(policy), torch.stack(actions), reward, ends)
+        imagined = stacked[1:]
+        # No return counts what arrived with the start.
+        rewards = torch.cat([torch.zeros_like(cont).unsqueeze(0), model.predict_reward(imagined).mean()])
+        conts = torch.cat([cont.unsqueeze(0), model.predict_cont(imagined).mean()])
+        return Trajectory(stacked, torch.stack(policy), torch.stack(actions), rewards, conts)
 
     def loss(self, model: WorldModel, start: State, cont: Tensor, noise: ImaginationNoise) -> BehaviorLoss:
         """Actor and critic losses from states (N, ...); their gradients are for actor and critic alone.

@@ -54,13 +54,15 @@ def test_hoisted_gradients_repeat() -> None:
         Case("sample_onehot", "", {"rows": 7, "stoch": 3, "classes": 5}),
         Case("twohot_loss", "", {"rows": 11, "bins": 21}),
         Case("twohot_mean", "", {"rows": 11, "bins": 21}),
+        Case("adam_step", "", {"parameters": 301, "slow": 199}),
     ],
     ids=lambda case: case.operation,
 )
 def test_a_compiled_operation_is_as_exact_as_its_reference(case: Case) -> None:
     told: list[str] = []
     torch._dynamo.reset()
-    fast = getattr(compiled(PLAIN, told.append, least=1), case.operation)
+    # Without a lower bound all are compiled, as for a captured graph.
+    fast = getattr(compiled(PLAIN, told.append, least=0), case.operation)
     # One shape: its seeds are compiled once, forward and backward.
     for dtype in DTYPES:
         assert not list(failures(compare(fast, getattr(PLAIN, case.operation), case, dtype, seeds=range(8))))
@@ -72,8 +74,8 @@ def test_two_losses_may_share_a_graph() -> None:
     """As actor and critic do: what a compiled backward pass saved is still there for the next one."""
     torch._dynamo.reset()
     fast = compiled(PLAIN, lambda _: None, least=1)
-    x, weight, bias = torch.randn(10, 4, requires_grad=True), torch.ones(4), torch.zeros(4)
-    out = fast.layer_norm_act(x, weight, bias, 1e-3)
+    x, target = torch.randn(10, 5, requires_grad=True), torch.randn(10)
+    out = fast.twohot_loss(x, target, -20.0, 20.0)
     (first,) = torch.autograd.grad(out.sum(), x, retain_graph=True)
     (again,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(first, again)
@@ -82,6 +84,14 @@ def test_two_losses_may_share_a_graph() -> None:
 def test_small_inputs_are_left_alone() -> None:
     told: list[str] = []
     fast = compiled(PLAIN, told.append)
-    x, weight, bias = torch.randn(10, 4), torch.ones(4), torch.zeros(4)
-    assert torch.equal(fast.layer_norm_act(x, weight, bias, 1e-3), PLAIN.layer_norm_act(x, weight, bias, 1e-3))
+    x, target = torch.randn(10, 5), torch.randn(10)
+    assert torch.equal(fast.twohot_loss(x, target, -20.0, 20.0), PLAIN.twohot_loss(x, target, -20.0, 20.0))
     assert not told
+
+
+def test_a_cpu_keeps_what_pytorch_does_better() -> None:
+    """Backward, Inductor's layer norms and means of two-hot logits take twice the time of PyTorch's own."""
+    on_cpu, captured = (compiled(PLAIN, lambda _: None, least=least) for least in (1, 0))
+    for operation in ("layer_norm_act", "twohot_mean"):
+        assert getattr(on_cpu, operation) is getattr(PLAIN, operation)
+        assert getattr(captured, operation) is not getattr(PLAIN, operation)
