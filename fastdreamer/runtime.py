@@ -208,7 +208,7 @@ def casts_know_gradients() -> bool:
     Not before PyTorch's pull request 165068: there, whatever uses it later silently learns nothing.
     """
     weight, row = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, 1)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=True):
         with torch.no_grad():
             torch.nn.functional.linear(row, weight)
         return torch.nn.functional.linear(row, weight).requires_grad

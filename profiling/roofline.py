@@ -188,7 +188,7 @@ def count(config: Config, precision: str) -> dict[str, Work]:
     counter = Count(lambda: marks.current)
     # Drawing weights takes a look at what was drawn, which only "meta" goes without.
     with torch.device("meta"):
-        agent = Agent(spaces, config, ops.load("reference"))
+        agent = Agent(spaces, config, runtime.operations(ops.load("reference")))
     with FakeTensorMode():
         agent._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype))
         optimizers = agent.make_optimizers()

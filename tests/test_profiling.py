@@ -214,7 +214,7 @@ def test_floors_agree_with_counts_by_hand(work: dict[str, Any]) -> None:
     prior = (latent + actions) * units + (units + size.deter) * 3 * size.deter + size.deter * units + units * latent
     actor = features * units + units * 2 * actions
     reward, cont = features * units + units * size.bins, features * units + units
-    by_hand = 2 * rows * (h * (prior + actor) + (h + 1) * reward + h * cont)
+    by_hand = 2 * rows * h * (prior + actor + reward + cont)
     assert work["imagine"].flops == {"float32": by_hand}
 
     # Logits of posterior and prior in, three numbers a row out of which only sums are taken.

@@ -25,7 +25,7 @@ class Missing(Exception):
 
 
 class Variant(NamedTuple):
-    """One way to run a peer: of those of the same model and of the same `own`, the fastest is compared."""
+    """One way to run a peer: the fastest of its own ones is compared, and of others the fastest of each precision."""
 
     model: str
     """Whose widths; empty where there is no choice."""

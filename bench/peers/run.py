@@ -50,6 +50,10 @@ class Gone(Exception):
     """A process has no answer to give. The message is one line."""
 
 
+class Lost(Exception):
+    """One of ours has no answer to give: nothing can be compared any more. The message is one line."""
+
+
 class Worker:
     """A peer's process, which does something only while it is asked."""
 
@@ -96,7 +100,9 @@ class Worker:
     def _last_error(self) -> str:
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors.read().decode(errors="replace").splitlines() if line.strip()]
-        code = self.process.wait()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=10)
+        code = self.process.poll()
         if code == -signal.SIGKILL:
             return "killed, for want of memory as it seems"
         return lines[-1] if lines else f"exit code {code}, and nothing said"
@@ -139,32 +145,50 @@ def fastest(
     times: int,
     skip: Sequence[str] = (),
 ) -> list[Entry]:
-    """A peer's variants one after another; of each model the fastest is kept, and the fastest of those that are not
-    its own. Each says in a line what it took, or why it could not."""
-    kept: dict[tuple[str, bool], tuple[float, Entry]] = {}
-    for variant in importlib.import_module(adapter).variants(spec.device):
-        title, worker = f"{name}, {variant.name}", None
-        if any(text in title for text in skip):
-            print(f"{title}: left out (--skip)", flush=True)
-            continue
-        try:
-            worker = start(title, adapter, spec, variant, python=python, patience=patience)
-            own, ours = zip(*[(worker.ask("update", times), base.ask("update", times)) for _ in range(2)], strict=True)
-        except Gone as error:
-            print(f"{title}: {error}", flush=True)
-            if worker is not None:
+    """A peer's variants one after another; of each model the fastest of its own is kept, and the fastest with each
+    precision from outside. Each says in a line what it took, or why it could not. Raises Lost."""
+    kept: dict[tuple[str, str], tuple[float, Entry]] = {}
+    worker = None
+    try:
+        for variant in importlib.import_module(adapter).variants(spec.device):
+            title, worker = f"{name}, {variant.name}", None
+            if any(text in title for text in skip):
+                print(f"{title}: left out (--skip)", flush=True)
+                continue
+            try:
+                worker = start(title, adapter, spec, variant, python=python, patience=patience)
+                share = first_look(worker, base, times)
+            except Gone as error:
+                print(f"{title}: {error}", flush=True)
+                if worker is not None:
+                    worker.close()
+                continue
+            print(f"{title}: {share:.2f} of the time of {COMPILED}, at a first look", flush=True)
+            key = variant.model, "" if variant.own else variant.way.partition(" ")[2]
+            if key in kept and kept[key][0] <= share:
                 worker.close()
-            continue
-        share = min(own) / min(ours)
-        print(f"{title}: {share:.2f} of the time of {COMPILED}, at a first look", flush=True)
-        key = variant.model, variant.own
-        if key in kept and kept[key][0] <= share:
-            worker.close()
-            continue
-        if key in kept:
-            kept[key][1].worker.close()
-        kept[key] = share, Entry(title, worker, variant.own)
+                continue
+            if key in kept:
+                kept[key][1].worker.close()
+            kept[key] = share, Entry(title, worker, variant.own)
+    except BaseException:
+        for left in (worker, *(entry.worker for _, entry in kept.values())):
+            if left is not None:
+                left.close()
+        raise
     return [entry for _, entry in kept.values()]
+
+
+def first_look(worker: Worker, base: Worker, times: int) -> float:
+    """A worker's time over ours, roughly. Raises Gone, and Lost where ours is gone."""
+    own, ours = [], []
+    for _ in range(2):
+        own.append(worker.ask("update", times))
+        try:
+            ours.append(base.ask("update", times))
+        except Gone as error:
+            raise Lost(f"{COMPILED}: {error}") from None
+    return min(own) / min(ours)
 
 
 def start(title: str, adapter: str, spec: Spec, variant: Variant, *, python: str, patience: float) -> Worker:
@@ -181,7 +205,10 @@ def start(title: str, adapter: str, spec: Spec, variant: Variant, *, python: str
 
 
 def take_turns(references: list[Entry], peers: list[Entry], rounds: int, times: int) -> list[Entry]:
-    """In each round everyone makes an update and decisions, in turn. Gives back the peers that came to the end."""
+    """In each round everyone makes an update and decisions, in turn. Gives back the peers that came to the end.
+
+    Raises Lost where a reference does not.
+    """
     for entry in peers:
         entry.first = len(references[0].updates)
     alive = [*references, *peers]
@@ -190,13 +217,13 @@ def take_turns(references: list[Entry], peers: list[Entry], rounds: int, times: 
             try:
                 update, decision = entry.worker.ask("update", times), entry.worker.ask("act", 10)
             except Gone as error:
+                if entry in references:
+                    raise Lost(f"{entry.name}: {error}") from None
                 print(f"{entry.name}: {error}", flush=True)
                 alive.remove(entry)
                 continue
             entry.updates.append(update)
             entry.decisions.append(decision)
-    if not all(reference in alive for reference in references):
-        raise Gone("fastdreamer itself did not come to the end")
     return [entry for entry in peers if entry in alive]
 
 
@@ -303,7 +330,7 @@ def check(name: str, where: str) -> None:
 
 
 def compare(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
-    """Runs everyone. Raises Gone where fastdreamer itself does not run."""
+    """Runs everyone. Raises Gone where fastdreamer itself does not run, Lost where it comes to no end."""
     times = 1 if spec.device == "cpu" else 10
     references: list[Entry] = []
     entries: list[Entry] = []
@@ -321,11 +348,14 @@ def compare(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
                 skip=args.skip,
             )  # fmt: skip
             try:
-                entries += take_turns(references, peers, args.rounds, times)
+                if peers:
+                    entries += take_turns(references, peers, args.rounds, times)
             finally:
                 # One peer at a time: what memory and caches have to hold besides ours.
                 for entry in peers:
                     entry.worker.close()
+        if not references[0].updates:
+            take_turns(references, [], args.rounds, times)
         alive = [*references, *entries]
         versions = {entry.name: entry.worker.versions for entry in alive}
         return {
@@ -364,7 +394,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Gone as error:
+    except (Gone, Lost) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     show(stored["results"])

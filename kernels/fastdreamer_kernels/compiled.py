@@ -31,8 +31,8 @@ def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
 
     The others are left: they are single kernels already (the gather), too small a part, or PyTorch's own backward pass
     is twice as fast as Inductor's on a CPU (layer norms, means of two-hot logits). The posterior sequence has its
-    products taken out of the loop. With `least` 0 all are compiled, and of the sequence the step: a captured graph
-    wants few and large kernels.
+    products taken out of the loop. With `least` 0 they are compiled, too, and of the sequence the step: a captured
+    graph wants few and large kernels.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
     # What a backward pass saved must outlive it: two losses may share a graph.
