@@ -165,7 +165,7 @@ def test_casts_are_not_kept(where: str, monkeypatch: pytest.MonkeyPatch) -> None
         CPU,
         precision="bf16",
         fused=where == "our kernels",
-        record=(lambda function, _: (function(), function)) if where == "a recording" else None,
+        record=(lambda function, generators: (function(), function)) if where == "a recording" else None,
     )
     layer = nn.Linear(2, 2, bias=False)
     with runtime.autocast(), Narrowed() as narrowed:
