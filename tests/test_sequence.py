@@ -184,13 +184,14 @@ def test_a_kernel_for_each_phase(case: Case, dtype: torch.dtype, monkeypatch: py
 
 
 @pytest.mark.parametrize("norm", [(1, 1), (0, 0)], ids=["BatchNorm", "LayerNorm"])
-@pytest.mark.parametrize("rows", [1, 16, 17, 33, 64, 70])
+@pytest.mark.parametrize("rows", [1, 16, 17, 70])
 def test_any_number_of_rows(rows: int, norm: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a tile has: BatchNorm's statistics are still those of all of them."""
     if rows == 1 and norm[0]:
         norm = (1, 0)
     use(monkeypatch, "streaming")
-    check(observe(rows, 2, 5, 2, 18, 20, 3, 5, *norm), torch.float32)
+    # One row's sums are few, and its errors luck: more of them are pooled.
+    check(observe(rows, 2, 5, 2, 18, 20, 3, 5, *norm), torch.float32, seeds=range(8 if rows == 1 else 2))
 
 
 # The rule
