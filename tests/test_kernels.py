@@ -118,9 +118,16 @@ def fused() -> ops.Ops:
 # Against the truth
 
 
+# Two minutes in the interpreter; test_sequence.py has sequences with layer norms in every form.
+SLOW = ("rssm_observe: LayerNorm",)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-@pytest.mark.parametrize("case", SHAPES, ids=name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=name(case), marks=[pytest.mark.slow] if name(case) in SLOW else []) for case in SHAPES],
+)
 def test_as_exact_as_the_reference(case: Case, dtype: torch.dtype, fused: ops.Ops) -> None:
     seeds = seeds_for(case)
     errors = compare(getattr(fused, case.operation), getattr(REFERENCE, case.operation), case, dtype, seeds=seeds)
