@@ -377,7 +377,7 @@ def seconds_and_cameras() -> tuple[float, float, list[float]]:
 def test_fast_frames_are_faster_and_a_quadruped_is_seen_by_its_own_camera():
     exact, fast, differences = fresh(seconds_and_cameras)
     if not os.path.exists("/dev/dri") and not os.path.exists("/dev/nvidiactl"):
-        assert exact > 1.5 * fast  # 5 in the median of measurements, on the software rasteriser
+        assert exact > 2 * fast  # 5 in the median of measurements, on the software rasteriser
     assert differences[0] > 1
     assert differences[1] == 0
 

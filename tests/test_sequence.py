@@ -184,7 +184,7 @@ def test_a_kernel_for_each_phase(case: Case, dtype: torch.dtype, monkeypatch: py
 
 
 @pytest.mark.parametrize("norm", [(1, 1), (0, 0)], ids=["BatchNorm", "LayerNorm"])
-@pytest.mark.parametrize("rows", [1, 16, 17, 70])
+@pytest.mark.parametrize("rows", [1, 16, 17, *(pytest.param(n, marks=pytest.mark.slow) for n in (33, 64)), 70])
 def test_any_number_of_rows(rows: int, norm: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a tile has: BatchNorm's statistics are still those of all of them."""
     if rows == 1 and norm[0]:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -143,39 +143,35 @@ def fastest(
     patience: float,
     base: Worker,
     times: int,
-    skip: Sequence[str] = (),
+    skip: Sequence[str],
+    opened: ExitStack,
 ) -> list[Entry]:
     """A peer's variants one after another; of each model the fastest of its own is kept, and the fastest with each
-    precision from outside. Each says in a line what it took, or why it could not. Raises Lost."""
+    precision from outside. Each says in a line what it took, or why it could not. `opened` closes what is kept.
+    Raises Lost."""
     kept: dict[tuple[str, str], tuple[float, Entry]] = {}
-    worker = None
-    try:
-        for variant in importlib.import_module(adapter).variants(spec.device):
-            title, worker = f"{name}, {variant.name}", None
-            if any(text in title for text in skip):
-                print(f"{title}: left out (--skip)", flush=True)
-                continue
-            try:
-                worker = start(title, adapter, spec, variant, python=python, patience=patience)
-                share = first_look(worker, base, times)
-            except Gone as error:
-                print(f"{title}: {error}", flush=True)
-                if worker is not None:
-                    worker.close()
-                continue
-            print(f"{title}: {share:.2f} of the time of {COMPILED}, at a first look", flush=True)
-            key = variant.model, "" if variant.own else variant.way.partition(" ")[2]
-            if key in kept and kept[key][0] <= share:
+    for variant in importlib.import_module(adapter).variants(spec.device):
+        title, worker = f"{name}, {variant.name}", None
+        if any(text in title for text in skip):
+            print(f"{title}: left out (--skip)", flush=True)
+            continue
+        try:
+            worker = start(title, adapter, spec, variant, python=python, patience=patience)
+            opened.callback(worker.close)
+            share = first_look(worker, base, times)
+        except Gone as error:
+            print(f"{title}: {error}", flush=True)
+            if worker is not None:
                 worker.close()
-                continue
-            if key in kept:
-                kept[key][1].worker.close()
-            kept[key] = share, Entry(title, worker, variant.own)
-    except BaseException:
-        for left in (worker, *(entry.worker for _, entry in kept.values())):
-            if left is not None:
-                left.close()
-        raise
+            continue
+        print(f"{title}: {share:.2f} of the time of {COMPILED}, at a first look", flush=True)
+        key = variant.model, "" if variant.own else variant.way.partition(" ")[2]
+        if key in kept and kept[key][0] <= share:
+            worker.close()
+            continue
+        if key in kept:
+            kept[key][1].worker.close()
+        kept[key] = share, Entry(title, worker, variant.own)
     return [entry for _, entry in kept.values()]
 
 
@@ -343,17 +339,14 @@ def compare(args: argparse.Namespace, spec: Spec) -> dict[str, Any]:
             folder = Path(where).expanduser()
             here = replace(spec, where=str(folder.resolve()) if folder.is_dir() else where)
             python = args.python.get(name, sys.executable)
-            peers = fastest(
-                name, PEERS[name], here, python=python, patience=args.patience, base=references[0].worker, times=times,
-                skip=args.skip,
-            )  # fmt: skip
-            try:
+            # One peer at a time: what memory and caches have to hold besides ours.
+            with ExitStack() as opened:
+                peers = fastest(
+                    name, PEERS[name], here, python=python, patience=args.patience, base=references[0].worker,
+                    times=times, skip=args.skip, opened=opened,
+                )  # fmt: skip
                 if peers:
                     entries += take_turns(references, peers, args.rounds, times)
-            finally:
-                # One peer at a time: what memory and caches have to hold besides ours.
-                for entry in peers:
-                    entry.worker.close()
         if not references[0].updates:
             take_turns(references, [], args.rounds, times)
         alive = [*references, *entries]
