@@ -14,8 +14,8 @@ from fastdreamer_kernels import cases, ops
 from fastdreamer_kernels.cases import Case
 from torch import Tensor
 
+from fastdreamer.algorithm.rssm import RSSM, State
 from fastdreamer.config import SIZES, ModelConfig
-from fastdreamer.rssm import RSSM, State
 
 REFERENCE = ops.load("reference")
 IMPLEMENTATIONS = ["eager", "compiled"]

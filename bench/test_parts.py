@@ -13,7 +13,7 @@ import torch
 from conftest import CUDA, DEVICE, Call, Measure, Runs, norms
 from torch import Tensor, nn
 
-from fastdreamer.rssm import State
+from fastdreamer.algorithm.rssm import State
 from fastdreamer.train import Trainer
 from fastdreamer.workload import Way, configure, ways
 

@@ -15,7 +15,7 @@ import torch
 from fastdreamer_kernels import ops
 
 from fastdreamer import envs, report
-from fastdreamer.agent import Agent
+from fastdreamer.algorithm.agent import Agent
 from fastdreamer.checkpoint import Checkpoints, check_shapes, shapes
 from fastdreamer.config import BadInput, Config, load_config
 from fastdreamer.envs.base import Spaces, Step

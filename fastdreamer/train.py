@@ -22,14 +22,14 @@ from fastdreamer_kernels import ops
 from torch import nn
 
 from fastdreamer import checkpoint, envs, logger, report
-from fastdreamer.agent import Agent, Carry
+from fastdreamer.algorithm.agent import Agent, Carry
+from fastdreamer.algorithm.rssm import State
 from fastdreamer.checkpoint import Checkpoints, shapes
 from fastdreamer.config import BadInput, Command, Config, parse_command
 from fastdreamer.envs import rendering
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.evaluate import dream, evaluate, make_acting, video
 from fastdreamer.replay import Replay, available_memory, describe
-from fastdreamer.rssm import State
 from fastdreamer.runtime import (
     Batches,
     Captured,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, autograd
 
-from fastdreamer.agent import Agent, Optimizers
+from fastdreamer.algorithm.agent import Agent, Optimizers
 from fastdreamer.train import Trainer
 
 PARTS = ("sample", "encode", "observe", "heads", "kl", "imagine", "actor", "critic", "optimise", "act", "copy")

@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from fastdreamer.agent import Agent
+from fastdreamer.algorithm.agent import Agent
 from fastdreamer.config import SIZES, BadInput, Config
 from fastdreamer.envs.base import Spaces
 from fastdreamer.envs.synthetic import ACTIONS

@@ -9,11 +9,11 @@ import torch
 from fastdreamer_kernels import ops
 from torch import Tensor, nn
 
-from fastdreamer.agent import Agent
+from fastdreamer.algorithm.agent import Agent
+from fastdreamer.algorithm.networks import BatchNormAct
+from fastdreamer.algorithm.rssm import State
 from fastdreamer.config import OBJECTIVES, SIZES, BadInput, Config, defaults
 from fastdreamer.envs.base import Spaces
-from fastdreamer.networks import BatchNormAct
-from fastdreamer.rssm import State
 
 PIXELS = Spaces(image=True, vector=0, action=2, discrete=False)
 VECTOR = Spaces(image=False, vector=5, action=3, discrete=True)

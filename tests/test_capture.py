@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastdreamer import train
-from fastdreamer.agent import Agent
+from fastdreamer.algorithm.agent import Agent
 from fastdreamer.config import parse_command
 from fastdreamer.envs.base import Spaces
 from fastdreamer.runtime import Captured, Runtime

@@ -10,7 +10,7 @@ from fastdreamer_kernels import ops
 from fastdreamer_kernels.compare import SLACK
 from torch import Tensor
 
-from fastdreamer.agent import Agent, UpdateNoise
+from fastdreamer.algorithm.agent import Agent, UpdateNoise
 from fastdreamer.config import Config, defaults, parse_command
 from fastdreamer.envs.base import Spaces
 from fastdreamer.train import Trainer

@@ -4,7 +4,7 @@ import torch
 from fastdreamer_kernels import ops
 from torch import Tensor, nn
 
-from fastdreamer.optim import ALIGNMENT, Optimizer
+from fastdreamer.algorithm.optim import ALIGNMENT, Optimizer
 
 OPS = ops.load("reference")
 

@@ -15,19 +15,14 @@ ROOT = Path(__file__).parents[1]
 TIERS = (
     {"config", "kernels"},
     {"envs"},
-    {"distributions", "networks", "replay", "optim", "runtime", "logger", "benchmarks"},
-    {"rssm", "checkpoint", "report"},
-    {"world_model"},
-    {"behavior"},
-    {"agent"},
+    {"replay", "algorithm", "runtime", "logger", "benchmarks"},
+    {"checkpoint", "report"},
     {"evaluate"},
     {"train"},
     {"workload"},
 )
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
-LEARNER = (
-    "agent", "behavior", "world_model", "rssm", "networks", "distributions", "optim", "runtime", "replay", "checkpoint",
-)  # fmt: skip
+LEARNER = ("algorithm.agent", "runtime", "replay", "checkpoint")
 LEARNER_NEEDS = {"torch", "triton", "numpy"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}  # where they differ from the distribution's
 FOLDERS = {"fastdreamer", "kernels", "profiling", "tests", "bench"}

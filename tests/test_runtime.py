@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastdreamer import runtime as machinery
 from fastdreamer import train
+from fastdreamer.algorithm.optim import Optimizer
 from fastdreamer.config import BadInput, parse_command
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.optim import Optimizer
 from fastdreamer.runtime import (
     Batches,
     Learner,

@@ -10,9 +10,9 @@ from fastdreamer_kernels.ops import Ops
 from fastdreamer_kernels.rssm_observe.reference import Running, Weights
 from torch import Tensor, nn
 
+from fastdreamer.algorithm.distributions import onehot_mode
+from fastdreamer.algorithm.networks import NORM_EPS, BatchNormAct, LayerNormAct, linear, norm_act
 from fastdreamer.config import ModelConfig, Size
-from fastdreamer.distributions import onehot_mode
-from fastdreamer.networks import NORM_EPS, BatchNormAct, LayerNormAct, linear, norm_act
 
 
 class State(NamedTuple):

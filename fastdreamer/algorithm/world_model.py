@@ -12,11 +12,11 @@ import torch
 from fastdreamer_kernels.ops import Ops
 from torch import Tensor, nn
 
+from fastdreamer.algorithm.distributions import Bernoulli, TwoHot, action_distribution, action_params
+from fastdreamer.algorithm.networks import Decoder, Encoder, Head
+from fastdreamer.algorithm.rssm import RSSM, State
 from fastdreamer.config import Config
-from fastdreamer.distributions import Bernoulli, TwoHot, action_distribution, action_params
 from fastdreamer.envs.base import Spaces
-from fastdreamer.networks import Decoder, Encoder, Head
-from fastdreamer.rssm import RSSM, State
 
 Batch = dict[str, Tensor]
 """Rows (B, T): image (3, 64, 64), uint8 or scaled to [-0.5, 0.5], and/or vector float32 (V), action float32 (A) (the

@@ -11,13 +11,13 @@ import torch
 from fastdreamer_kernels.ops import Ops
 from torch import Tensor, nn
 
-from fastdreamer.behavior import Behavior, ImaginationNoise
+from fastdreamer.algorithm.behavior import Behavior, ImaginationNoise
+from fastdreamer.algorithm.distributions import action_noise
+from fastdreamer.algorithm.optim import Optimizer
+from fastdreamer.algorithm.rssm import State
+from fastdreamer.algorithm.world_model import Batch, WorldModel
 from fastdreamer.config import Config
-from fastdreamer.distributions import action_noise
 from fastdreamer.envs.base import Spaces
-from fastdreamer.optim import Optimizer
-from fastdreamer.rssm import State
-from fastdreamer.world_model import Batch, WorldModel
 
 
 class UpdateNoise(NamedTuple):

@@ -10,12 +10,12 @@ import torch
 from fastdreamer_kernels.ops import Ops
 from torch import Tensor, nn
 
+from fastdreamer.algorithm.distributions import ActionDistribution, TwoHot, action_distribution, action_params
+from fastdreamer.algorithm.networks import Head
+from fastdreamer.algorithm.rssm import State
+from fastdreamer.algorithm.world_model import WorldModel
 from fastdreamer.config import BadInput, Config
-from fastdreamer.distributions import ActionDistribution, TwoHot, action_distribution, action_params
 from fastdreamer.envs.base import Spaces
-from fastdreamer.networks import Head
-from fastdreamer.rssm import State
-from fastdreamer.world_model import WorldModel
 
 
 class ImaginationNoise(NamedTuple):
