@@ -31,7 +31,7 @@ from fastdreamer_kernels.compare import compare, failures, tensors
 from torch import Tensor
 
 from fastdreamer.config import Config
-from fastdreamer.runtime import Captured, fast_bf16
+from fastdreamer.runtime.graphs import Captured, fast_bf16
 from fastdreamer.train import Trainer
 from fastdreamer.workload import Way, ready
 
@@ -293,7 +293,9 @@ class Here:
 
     def __init__(self, config: Config, capture: bool = True):
         self._stack, self._parts = ExitStack(), dict[Part, tuple[Call, dict[str, float]]]()
-        refusing = mock.patch("fastdreamer.runtime.record_cuda_graph", side_effect=RuntimeError("it is timed so"))
+        refusing = mock.patch(
+            "fastdreamer.runtime.graphs.record_cuda_graph", side_effect=RuntimeError("it is timed so")
+        )
         with nullcontext() if capture else refusing, redirect_stdout(StringIO()):
             self.trainer = self._stack.enter_context(ready(config))
 

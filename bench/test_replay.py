@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.replay import Replay
-from fastdreamer.runtime import Batches, Stager
+from fastdreamer.runtime.graphs import Batches, Stager
 
 SPACES = Spaces(image=True, vector=0, action=6, discrete=False)
 CAPACITY = 100_000 if CUDA else 20_000

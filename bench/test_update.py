@@ -11,7 +11,7 @@ from conftest import CUDA, DEVICE, UNCAPTURED, Call, Measure, Runs, update
 
 from fastdreamer.envs.base import Step
 from fastdreamer.evaluate import make_acting
-from fastdreamer.runtime import Captured, generator
+from fastdreamer.runtime.graphs import Captured, generator
 from fastdreamer.train import Trainer
 from fastdreamer.workload import Way, configure, ways
 

@@ -19,7 +19,7 @@ from fastdreamer.algorithm.agent import Agent
 from fastdreamer.checkpoint import Checkpoints, check_shapes, shapes
 from fastdreamer.config import BadInput, Config, load_config
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.runtime import Acting, Runtime, choose_device, generator, prepare_process
+from fastdreamer.runtime.graphs import Acting, Runtime, choose_device, generator, prepare_process
 
 SEED_OFFSET = 1_000_000
 """Evaluation seeds lie this far from training seeds, so that no episode is one that was trained on."""

@@ -30,7 +30,7 @@ from fastdreamer.envs import rendering
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.evaluate import dream, evaluate, make_acting, video
 from fastdreamer.replay import Replay, available_memory, describe
-from fastdreamer.runtime import (
+from fastdreamer.runtime.graphs import (
     Batches,
     Captured,
     Learner,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdreamer.config import Config, defaults
-from fastdreamer.runtime import fast_bf16
+from fastdreamer.runtime.graphs import fast_bf16
 from fastdreamer.train import Trainer
 
 

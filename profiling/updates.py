@@ -13,7 +13,7 @@ import torch
 
 from fastdreamer.config import OBJECTIVES, SIZES, BadInput, Config
 from fastdreamer.envs.base import Step
-from fastdreamer.runtime import Captured, choose_device
+from fastdreamer.runtime.graphs import Captured, choose_device
 from fastdreamer.train import Trainer
 from fastdreamer.workload import Way, configure, ready
 

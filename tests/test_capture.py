@@ -23,7 +23,7 @@ from fastdreamer import train
 from fastdreamer.algorithm.agent import Agent
 from fastdreamer.config import parse_command
 from fastdreamer.envs.base import Spaces
-from fastdreamer.runtime import Captured, Runtime
+from fastdreamer.runtime.graphs import Captured, Runtime
 from fastdreamer.train import Trainer
 
 CPU = torch.device("cpu")

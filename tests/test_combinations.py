@@ -8,8 +8,9 @@ import pytest
 import torch
 from test_train import DEMO, GYM
 
-from fastdreamer import runtime, train
+from fastdreamer import train
 from fastdreamer.config import parse_command
+from fastdreamer.runtime import graphs as runtime
 from fastdreamer.train import Trainer
 
 # What `auto` takes is one of the two. The interpreter is slow: of the kernels' four, those that differ most.

@@ -22,7 +22,7 @@ TIERS = (
     {"workload"},
 )
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
-LEARNER = ("algorithm.agent", "runtime", "replay", "checkpoint")
+LEARNER = ("algorithm.agent", "runtime.graphs", "replay", "checkpoint")
 LEARNER_NEEDS = {"torch", "triton", "numpy"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}  # where they differ from the distribution's
 FOLDERS = {"fastdreamer", "kernels", "profiling", "tests", "bench"}

@@ -9,12 +9,12 @@ from fastdreamer_kernels import ops
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdreamer import runtime as machinery
 from fastdreamer import train
 from fastdreamer.algorithm.optim import Optimizer
 from fastdreamer.config import BadInput, parse_command
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.runtime import (
+from fastdreamer.runtime import graphs as machinery
+from fastdreamer.runtime.graphs import (
     Batches,
     Learner,
     NonFinite,

@@ -21,7 +21,7 @@ from fastdreamer import envs, evaluate, train
 from fastdreamer.checkpoint import Checkpoints
 from fastdreamer.config import parse_command
 from fastdreamer.logger import read_metrics
-from fastdreamer.runtime import NonFinite
+from fastdreamer.runtime.graphs import NonFinite
 from fastdreamer.train import Trainer
 
 HERE = Path(__file__).parent
@@ -186,7 +186,7 @@ PEAK = """
 import sys
 import torch
 from fastdreamer import train
-from fastdreamer.runtime import peak_memory
+from fastdreamer.runtime.graphs import peak_memory
 assert train.main(sys.argv[1:]) == 0
 print("peak", peak_memory(torch.device("cpu")))
 """

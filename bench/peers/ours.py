@@ -8,7 +8,7 @@ import torch
 from bench.peers.protocol import Spec
 from fastdreamer.envs.base import Step
 from fastdreamer.evaluate import make_acting
-from fastdreamer.runtime import choose_device, generator
+from fastdreamer.runtime.graphs import choose_device, generator
 from fastdreamer.workload import configure, ready, ways
 
 

@@ -30,7 +30,7 @@ import numpy as np  # noqa: E402
 from bench.conftest import clocks, device_name, output_of, provenance  # noqa: E402
 from bench.peers.protocol import Spec, Variant  # noqa: E402
 from fastdreamer.config import SIZES, BadInput  # noqa: E402
-from fastdreamer.runtime import Captured, choose_device  # noqa: E402
+from fastdreamer.runtime.graphs import Captured, choose_device  # noqa: E402
 
 PEERS = {
     "r2dreamer": "bench.peers.r2dreamer",
