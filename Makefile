@@ -35,7 +35,7 @@ bench-gpu:
 bench-check: setup
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
 	$(BIN)/python -m pytest bench -m quick --results "$$folder" -q $(ARGS) && \
-	$(BIN)/python -m fastdreamer.report bench --compare "$$folder"
+	$(BIN)/python bench/tables.py --compare "$$folder"
 
 lint: setup
 	$(BIN)/ruff check .

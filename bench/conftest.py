@@ -31,9 +31,9 @@ from fastdreamer_kernels.compare import compare, failures, tensors
 from torch import Tensor
 
 from fastdreamer.config import Config
+from fastdreamer.run.trainer import Trainer
+from fastdreamer.run.workload import Way, ready
 from fastdreamer.runtime.graphs import Captured, fast_bf16
-from fastdreamer.train import Trainer
-from fastdreamer.workload import Way, ready
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from conftest import CUDA, DEVICE, Measure
 
-from fastdreamer.checkpoint import Checkpoints
 from fastdreamer.replay import Replay
-from fastdreamer.train import Trainer, state_bytes
-from fastdreamer.workload import configure, ready, ways
+from fastdreamer.run.checkpoint import Checkpoints
+from fastdreamer.run.trainer import Trainer, state_bytes
+from fastdreamer.run.workload import configure, ready, ways
 
 CAPACITY = 50_000 if CUDA else 4_000
 NEW = 1_000

@@ -15,8 +15,8 @@ from conftest import CUDA, DEVICE, Call, Measure, Runs
 
 from fastdreamer.config import BadInput, Config
 from fastdreamer.envs import make
-from fastdreamer.train import Trainer
-from fastdreamer.workload import configure, ways
+from fastdreamer.run.trainer import Trainer
+from fastdreamer.run.workload import configure, ways
 
 WAY = ways(DEVICE)[-1 if CUDA else 0]
 ENVS = 16 if CUDA else 4

@@ -14,8 +14,8 @@ from conftest import CUDA, DEVICE, Call, Measure, Runs, norms
 from torch import Tensor, nn
 
 from fastdreamer.algorithm.rssm import State
-from fastdreamer.train import Trainer
-from fastdreamer.workload import Way, configure, ways
+from fastdreamer.run.trainer import Trainer
+from fastdreamer.run.workload import Way, configure, ways
 
 WAYS = [way for way in ways(DEVICE) if way.compile or way.precision == "fp32"]
 BASELINE = WAYS[0]

@@ -9,7 +9,7 @@ import pytest
 from conftest import CUDA, DEVICE, Measure, Runs, update
 from test_update import decision
 
-from fastdreamer.workload import configure, ways
+from fastdreamer.run.workload import configure, ways
 
 WAY = ways(DEVICE)[-1 if CUDA else 0]
 # The usual value first.

@@ -10,13 +10,13 @@ import sys
 import pytest
 from conftest import CUDA, DEVICE, Measure
 
-from fastdreamer.workload import ways
+from fastdreamer.run.workload import ways
 
 RUN = """
 import sys
 import torch
-from fastdreamer.train import Trainer
-from fastdreamer.workload import configure, ways
+from fastdreamer.run.trainer import Trainer
+from fastdreamer.run.workload import configure, ways
 
 size, way = sys.argv[1:]
 way = {w.name: w for w in ways(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}[way]

@@ -10,10 +10,10 @@ import pytest
 from conftest import CUDA, DEVICE, UNCAPTURED, Call, Measure, Runs, update
 
 from fastdreamer.envs.base import Step
-from fastdreamer.evaluate import make_acting
+from fastdreamer.run.evaluation import make_acting
+from fastdreamer.run.trainer import Trainer
+from fastdreamer.run.workload import Way, configure, ways
 from fastdreamer.runtime.graphs import Captured, generator
-from fastdreamer.train import Trainer
-from fastdreamer.workload import Way, configure, ways
 
 WAYS = ways(DEVICE)
 BASELINE, BEST = WAYS[0], WAYS[-1]

@@ -1,142 +1,16 @@
-"""Evaluation: whole episodes of the sampled policy, and dreams beside what really happened.
-
-`python -m fastdreamer.evaluate RUN` evaluates the last checkpoint of a run.
-"""
+"""Evaluation of a run's last checkpoint: `python -m fastdreamer.evaluate RUN`."""
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-import torch
-from fastdreamer_kernels import ops
-
-from fastdreamer import envs, report
-from fastdreamer.algorithm.agent import Agent
-from fastdreamer.checkpoint import Checkpoints, check_shapes, shapes
-from fastdreamer.config import BadInput, Config, load_config
-from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.runtime.graphs import Acting, Runtime, choose_device, generator, prepare_process
-
-SEED_OFFSET = 1_000_000
-"""Evaluation seeds lie this far from training seeds, so that no episode is one that was trained on."""
-NOISE_STREAM, DREAM_STREAM = 100, 101
-"""Streams of randomness that evaluation and dreams draw from; training's are below them."""
-DREAM_ROWS, DREAM_LENGTH, DREAM_CONTEXT = 4, 50, 5
-
-
-@dataclass
-class Evaluation:
-    """`returns` of whole episodes, and the `recorded` ones' rows as arrays (T, ...), fields as in `Step`."""
-
-    returns: list[float]
-    recorded: list[dict[str, np.ndarray]]
-
-    @property
-    def mean(self) -> float:
-        return float(np.mean(self.returns))
-
-    @property
-    def std(self) -> float:
-        """Standard deviation over the episodes, as of a population: one episode has 0."""
-        return float(np.std(self.returns))
-
-
-def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generator) -> Acting:
-    """The agent's decisions in `count` environments, drawn from `noise`, from their first rows on."""
-    return Acting(
-        runtime,
-        agent,
-        lambda agent, rows, carry: agent.act(rows, carry, agent.draw_act_noise(count, noise)),
-        agent.initial_carry(count, runtime.device),
-        [noise],
-    )
-
-
-def evaluate(
-    agent: Agent,
-    config: Config,
-    runtime: Runtime,
-    *,
-    episodes: int,
-    stopped: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
-    """Runs `episodes` whole episodes with actions sampled from the policy; training's own state is left alone.
-
-    Every environment runs a fixed share of them, so that short episodes are not over-represented. The first episode
-    of each of the first few environments is recorded. None where `stopped` comes true before the end.
-    """
-    count = min(config.env.envs, episodes)
-    share = [episodes // count + (i < episodes % count) for i in range(count)]
-    returns: list[list[float]] = [[] for _ in range(count)]
-    recorded: list[list[dict[str, np.ndarray]]] = [[] for _ in range(min(count, DREAM_ROWS))]
-    noise = generator(runtime.device, config.seed, NOISE_STREAM)
-    env = replace(config.env, envs=count)
-    with envs.make(config.task, env, config.seed + SEED_OFFSET, evaluation=True) as environments:
-        total = np.zeros(count)
-        acting = make_acting(runtime, agent, count, noise)
-        while not stopped():
-            step = environments.recv()
-            # An episode that begins without the last one's end was cut short by a crash: it does not count.
-            total = np.where(step.is_first, 0, total + step.reward)
-            for i, rows in enumerate(recorded):
-                if not returns[i]:
-                    rows[:] = [*([] if step.is_first[i] else rows), _row(step, i)]
-            for i in np.flatnonzero(step.is_last):
-                if len(returns[i]) < share[i]:
-                    returns[i].append(float(total[i]))
-            if all(len(done) == wanted for done, wanted in zip(returns, share, strict=True)):
-                return Evaluation(
-                    [value for done in returns for value in done],
-                    [{name: np.stack([row[name] for row in rows]) for name in rows[0]} for rows in recorded],
-                )
-            acting(step)
-            environments.send(acting.actions())
-    return None
-
-
-def _row(step: Step, i: int) -> dict[str, np.ndarray]:
-    return {name: array[i].copy() for name, array in vars(step).items() if array is not None}
-
-
-def video(evaluation: Evaluation) -> np.ndarray | None:
-    """The first recorded episode's frames, uint8 (T, 64, 64, 3); None where there are no images."""
-    image = evaluation.recorded[0].get("image")
-    return None if image is None else image.transpose(0, 2, 3, 1)
-
-
-@torch.no_grad()
-def dream(agent: Agent, evaluation: Evaluation, device: torch.device) -> tuple[np.ndarray, np.ndarray, int] | None:
-    """True and imagined frames uint8 (R, T, 64, 64, 3) of recorded episodes, and how many steps were shown first.
-
-    After that context the world model sees no more frames: it follows the true actions by its prior. None where there
-    is no decoder or no image, or an episode is too short to imagine anything.
-    """
-    rows = [row for row in evaluation.recorded if "image" in row]
-    length = min([DREAM_LENGTH, *(len(row["image"]) for row in rows)])
-    context = min(DREAM_CONTEXT, length // 3)
-    if not rows or agent.world_model.decoder is None or not context:
-        return None
-    batch = {name: torch.from_numpy(np.stack([row[name][:length] for row in rows])).to(device) for name in rows[0]}
-    uniform = torch.rand(
-        len(rows), length, agent.config.widths.stoch, generator=generator(device, 0, DREAM_STREAM), device=device
-    )
-    imagined = agent.world_model.dream(batch, uniform, context)["image"]
-    frames = ((imagined + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
-    true, imagined = (x.permute(0, 1, 3, 4, 2).cpu().numpy() for x in (batch["image"], frames))
-    return true, imagined, context
-
-
-def load_agent(run: Path, config: Config, device: torch.device) -> Agent:
-    """The agent of a run's last checkpoint. Raises BadInput where there is none that fits."""
-    state = Checkpoints(run).load()
-    agent = Agent(Spaces(**state["spaces"]), config, ops.load("auto", device))
-    check_shapes(shapes(agent.state_dict()), shapes(state["agent"]))
-    agent.load_state_dict(state["agent"])
-    return agent.to(device)
+from fastdreamer.config import BadInput, load_config
+from fastdreamer.run.evaluation import evaluate, load_agent, video
+from fastdreamer.run.pictures import gif
+from fastdreamer.runtime.graphs import Runtime, choose_device, prepare_process
 
 
 @dataclass(frozen=True)
@@ -175,7 +49,7 @@ def run_command(command: Command) -> None:
     frames = video(evaluation) if command.video else None
     if frames is not None:
         path = run / "evaluation.gif"
-        report.gif(frames, path)
+        gif(frames, path)
         print(f"first episode: {path}", file=sys.stderr)
     if command.json:
         result = {"return_mean": evaluation.mean, "return_std": evaluation.std, "returns": evaluation.returns}

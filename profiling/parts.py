@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, autograd
 
 from fastdreamer.algorithm.agent import Agent, Optimizers
-from fastdreamer.train import Trainer
+from fastdreamer.run.trainer import Trainer
 
 PARTS = ("sample", "encode", "observe", "heads", "kl", "imagine", "actor", "critic", "optimise", "act", "copy")
 WHOLE = "update"

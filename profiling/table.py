@@ -16,8 +16,8 @@ import updates
 from parts import BACKWARD, PARTS, REST, WHOLE
 
 from fastdreamer.config import Config
-from fastdreamer.train import Trainer
-from fastdreamer.workload import ready
+from fastdreamer.run.trainer import Trainer
+from fastdreamer.run.workload import ready
 
 Event = dict[str, Any]
 """Of a Chrome trace: `cat`, `name`, `tid`, `ts` and `dur` in microseconds, `args`."""

@@ -15,7 +15,7 @@ import table
 import updates
 
 from fastdreamer.config import SIZES, BadInput
-from fastdreamer.workload import ready
+from fastdreamer.run.workload import ready
 
 
 def main(argv: Sequence[str] | None = None) -> None:

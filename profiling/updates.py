@@ -13,9 +13,9 @@ import torch
 
 from fastdreamer.config import OBJECTIVES, SIZES, BadInput, Config
 from fastdreamer.envs.base import Step
+from fastdreamer.run.trainer import Trainer
+from fastdreamer.run.workload import Way, configure, ready
 from fastdreamer.runtime.graphs import Captured, choose_device
-from fastdreamer.train import Trainer
-from fastdreamer.workload import Way, configure, ready
 
 
 class Parser(argparse.ArgumentParser):

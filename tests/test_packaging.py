@@ -15,14 +15,13 @@ ROOT = Path(__file__).parents[1]
 TIERS = (
     {"config", "kernels"},
     {"envs"},
-    {"replay", "algorithm", "runtime", "logger", "benchmarks"},
-    {"checkpoint", "report"},
-    {"evaluate"},
-    {"train"},
-    {"workload"},
+    {"replay", "algorithm", "runtime"},
+    {"run"},
+    {"report"},
+    {"train", "evaluate"},
 )
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
-LEARNER = ("algorithm.agent", "runtime.graphs", "replay", "checkpoint")
+LEARNER = ("algorithm.agent", "runtime.graphs", "replay", "run.checkpoint")
 LEARNER_NEEDS = {"torch", "triton", "numpy"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}  # where they differ from the distribution's
 FOLDERS = {"fastdreamer", "kernels", "profiling", "tests", "bench"}

@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT))
+from bench.peers import protocol, run
+from bench.peers.protocol import Spec, Variant
+from fastdreamer.config import BadInput
 
-from bench.peers import protocol, run  # noqa: E402
-from bench.peers.protocol import Spec, Variant  # noqa: E402
-from fastdreamer.config import BadInput  # noqa: E402
-
+ROOT = Path(__file__).parents[2]
 SPEC = Spec("", "", "", "cpu", "tiny", {}, envs=4, batch_size=2, batch_length=8)
 # What its variants take is not measured but slept, and long against what starting a process disturbs.
 FAKE = """

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_train import DEMO, GYM
+from runs import DEMO, GYM
 
 from fastdreamer import train
 from fastdreamer.config import parse_command
+from fastdreamer.run import trainer
+from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime import graphs as runtime
-from fastdreamer.train import Trainer
 
 # What `auto` takes is one of the two. The interpreter is slow: of the kernels' four, those that differ most.
 COMBINATIONS = [
@@ -26,7 +27,7 @@ CLOSE = {"fp32": 1e-3, "bf16": 0.1}
 
 @pytest.fixture(autouse=True)
 def _beside_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.chdir(Path(__file__).parents[1] / "samples")
 
 
 def losses(task: list[str], kernels: str, precision: str, compile: bool) -> tuple[dict[str, float], list[float]]:
@@ -85,15 +86,15 @@ def test_auto_takes_bf16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> 
 
     def precision(*flags: str) -> str:
         command, _ = parse_command(["--preset", "demo", *flags], cuda=False)
-        return train.make_runtime(command.config, cpu).precision
+        return trainer.make_runtime(command.config, cpu).precision
 
-    monkeypatch.setattr(train, "prepare_process", lambda *_, **__: None)
-    monkeypatch.setattr(train, "fast_bf16", lambda _: True)
+    monkeypatch.setattr(trainer, "prepare_process", lambda *_, **__: None)
+    monkeypatch.setattr(trainer, "fast_bf16", lambda _: True)
     assert precision("--size", "S", "--compile") == "bf16"
     assert precision("--size", "S") == "fp32"
     assert precision("--compile") == "fp32"
     assert precision("--compile", "--precision", "bf16") == "bf16"
-    monkeypatch.setattr(train, "fast_bf16", lambda _: False)
+    monkeypatch.setattr(trainer, "fast_bf16", lambda _: False)
     assert precision("--size", "S", "--compile") == "fp32"
 
 

@@ -13,7 +13,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastdreamer.config import BadInput, defaults, load_config
-from fastdreamer.logger import METRICS, Logger, new_run, read_metrics
+from fastdreamer.run.logger import Logger
+from fastdreamer.run.records import METRICS, new_run, read_metrics
 
 
 def lines(run: Path) -> list[dict]:

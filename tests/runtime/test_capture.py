@@ -11,20 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from batches import BOTH, PIXELS, make_batch, make_config
 from fastdreamer_kernels import ops
-from test_fused_update import BOTH, PIXELS, make_batch, make_config
-from test_train import DEMO, GYM, differences
+from runs import DEMO, GYM, differences
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastdreamer import train
 from fastdreamer.algorithm.agent import Agent
 from fastdreamer.config import parse_command
 from fastdreamer.envs.base import Spaces
+from fastdreamer.run import trainer as train
+from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime.graphs import Captured, Runtime
-from fastdreamer.train import Trainer
 
 CPU = torch.device("cpu")
 Function = Callable[[], Any]
@@ -68,7 +68,7 @@ def trained(
 ) -> tuple[dict[str, Any], list[str]]:
     """What a run of some updates leaves, with its updates and decisions replayed as recorded, or run as they are."""
     said: list[str] = []
-    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.chdir(Path(__file__).parents[1] / "samples")
 
     def make_runtime(config: Any, device: torch.device) -> Runtime:
         return Runtime(CPU, precision=precision, record=partial(record_fx, scalars=scalars), say=said.append)  # pyright: ignore[reportArgumentType]

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdreamer.config import Config, defaults
+from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime.graphs import fast_bf16
-from fastdreamer.train import Trainer
 
 
 class Way(NamedTuple):

@@ -168,7 +168,7 @@ def test_busy_streams_do_not_deadlock(form: str, use: Callable[[str], None]) -> 
 SANITIZED = """
 import sys
 import torch
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/kernels")
 import test_sequence_gpu as t
 from functools import partial
 t.fused.plan = partial(t.forced, form=sys.argv[1])

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastdreamer import benchmarks, report
+from bench import tables
 from fastdreamer.config import BadInput
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU, OTHER, GPU = "Some-CPU-2-cores", "Other-CPU-64-cores", "Some-GPU"
 UPDATE = {"eager fp32": 1.0, "compiled fp32": 0.87, "compiled bf16": 0.4567}
 
@@ -64,7 +64,7 @@ def store(folder: Path, module: str, results: list[dict[str, Any]], device: str 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with results of one CPU, and no document yet."""
-    monkeypatch.setattr(benchmarks, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
     here = tmp_path / "bench/results" / CPU
     decisions = [
         group(f"decision, {n} environments, size S", {"eager fp32": 1.0, "compiled fp32": 0.9}) for n in (1, 16)
@@ -79,11 +79,11 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def bench(*arguments: Any) -> int:
-    return report.main(["bench", *map(str, arguments)])
+    return tables.main([*map(str, arguments)])
 
 
 def shown(repository: Path, name: str) -> str:
-    return benchmarks.render(benchmarks.load(repository / "bench/results"), name)[0].strip()
+    return tables.render(tables.load(repository / "bench/results"), name)[0].strip()
 
 
 # Tables.
@@ -133,11 +133,11 @@ def test_what_compares_differently_shares_a_long_table_with_its_labels(repositor
 def test_an_implementations_name_may_have_commas(repository):
     peers = [entry("peers", "ours", "ours", 1.0), entry("peers", "other, compiled", "ours", 3.2)]
     store(repository / "bench/results" / CPU, "peers", peers)
-    modules = benchmarks.load(repository / "bench/results")
-    assert benchmarks.render(modules, "peers/other, compiled") == ("3.20", True)
-    assert benchmarks.render(modules, "peers/other, compiled, times") == ("0.3", True)
+    modules = tables.load(repository / "bench/results")
+    assert tables.render(modules, "peers/other, compiled") == ("3.20", True)
+    assert tables.render(modules, "peers/other, compiled, times") == ("0.3", True)
     with pytest.raises(BadInput, match="'other' is no implementation"):
-        benchmarks.render(modules, "peers/other, times")
+        tables.render(modules, "peers/other, times")
 
 
 def test_an_axis_has_its_values_in_order(repository):
@@ -198,7 +198,7 @@ def test_device_leaves_others_out(repository, capsys):
     ],
 )
 def test_a_figure(repository, name, text):
-    assert benchmarks.render(benchmarks.load(repository / "bench/results"), name) == (text, True)
+    assert tables.render(tables.load(repository / "bench/results"), name) == (text, True)
 
 
 def test_a_gpu_has_times_as_figures(repository):
@@ -284,7 +284,7 @@ def test_write_fills_blocks_and_touches_nothing_else(repository, capsys):
     assert path.read_text() == written
 
 
-@pytest.mark.parametrize("document", benchmarks.DOCUMENTS)
+@pytest.mark.parametrize("document", tables.DOCUMENTS)
 def test_check_finds_a_changed_digit(repository, capsys, document):
     path = repository / document
     path.parent.mkdir(exist_ok=True)
@@ -330,7 +330,7 @@ def test_what_cannot_be_written_is_said_and_left(repository, capsys, broken, say
 
 
 def test_a_repository_without_results_and_blocks_is_right(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmarks, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "bench").mkdir()
     (tmp_path / "README.md").write_text("# Nothing measured yet\n")
     assert bench("--check") == 0
@@ -340,7 +340,7 @@ def test_a_repository_without_results_and_blocks_is_right(tmp_path, monkeypatch)
 
 def test_this_repositorys_documents_show_what_is_stored():
     done = subprocess.run(
-        [sys.executable, "-m", "fastdreamer.report", "bench", "--check"],
+        [sys.executable, "bench/tables.py", "--check"],
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -452,11 +452,11 @@ def test_pictures_show_bars_and_lines(repository, tmp_path, capsys):
 
 
 def test_bars_and_lines_are_where_the_ratios_are(repository):
-    modules = {module.name: module for module in benchmarks.load(repository / "bench/results")}
-    (axes,) = benchmarks._bars(modules["update"], modules["update"].groups()).axes
+    modules = {module.name: module for module in tables.load(repository / "bench/results")}
+    (axes,) = tables._bars(modules["update"], modules["update"].groups()).axes
     widths = sorted(round(bar.get_width(), 4) for bar in axes.patches)  # pyright: ignore[reportAttributeAccessIssue]
     assert widths == sorted([*UPDATE.values(), 1.0, 0.9, 1.0, 0.9, 1.0, 0.031])
-    (axes,) = benchmarks._lines(modules["scaling"], "B").axes
+    (axes,) = tables._lines(modules["scaling"], "B").axes
     assert np.array(axes.lines[0].get_xydata()).tolist() == [[8, 0.55], [16, 1.0], [32, 1.9]]
 
 
@@ -497,7 +497,7 @@ def test_unknown_device_and_nothing_stored_and_no_repository(repository, tmp_pat
     (tmp_path / "empty").mkdir()
     assert bench("--results", tmp_path / "empty") == 2
     assert "nothing is stored" in capsys.readouterr().err
-    monkeypatch.setattr(benchmarks, "ROOT", tmp_path / "site-packages")
+    monkeypatch.setattr(tables, "ROOT", tmp_path / "site-packages")
     for way in ([], ["--check"], ["--results", tmp_path / "empty", "--write"]):
         assert bench(*way) == 2
         assert "no part of an installed fastdreamer" in capsys.readouterr().err

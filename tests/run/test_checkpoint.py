@@ -19,11 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-from fastdreamer import checkpoint as module
-from fastdreamer.checkpoint import Checkpoints, check_shapes, shapes
 from fastdreamer.config import BadInput
 from fastdreamer.envs.base import Spaces
 from fastdreamer.replay import Replay
+from fastdreamer.run import checkpoint as module
+from fastdreamer.run.checkpoint import Checkpoints, check_shapes, shapes
 
 SPACES = Spaces(image=False, vector=3, action=2, discrete=False)
 ENVS = 2
@@ -477,7 +477,7 @@ def test_death_at_every_call_that_changes_the_disk(tmp_path: Path, monkeypatch: 
 LOOP = """
     import sys
     from pathlib import Path
-    from fastdreamer import checkpoint
+    from fastdreamer.run import checkpoint
     from tests.test_checkpoint import ROW_BYTES, add, make_replay, state_of
 
     checkpoint.CHUNK_BYTES = 8 * ROW_BYTES
@@ -494,7 +494,7 @@ LOOP = """
 
 
 def test_kill_9_at_random_moments(tmp_path: Path):
-    run, generator, root = tmp_path / "run", random.Random(0), Path(__file__).parents[1]
+    run, generator, root = tmp_path / "run", random.Random(0), Path(__file__).parents[2]
     twin, last = make_replay(), 0
     for _ in range(3):
         process = subprocess.Popen(

@@ -9,9 +9,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from fastdreamer import report
 from fastdreamer.config import BadInput, defaults
-from fastdreamer.logger import METRICS
+from fastdreamer.report import __main__ as report
+from fastdreamer.report import published
+from fastdreamer.run import pictures
+from fastdreamer.run.records import METRICS, Series, read_run
 
 BACKGROUND = {"background": "train", "eval_background": "test"}
 SUITE = """acrobot_swingup cartpole_balance cartpole_balance_sparse cartpole_swingup cartpole_swingup_sparse cheetah_run
@@ -49,7 +51,7 @@ def make_run(
 
 
 def cells(runs: list[Path]) -> tuple[list[dict[str, str]], str]:
-    header, rows, notes = report.summary([report.read_run(run) for run in runs])
+    header, rows, notes = report.summary([read_run(run) for run in runs])
     return [dict(zip(header, row, strict=True)) for row in rows], "\n".join(notes)
 
 
@@ -114,23 +116,24 @@ def test_atari_scores_are_human_normalised(tmp_path):
 def test_every_printed_task_is_found_by_the_name_users_give():
     suite, games = SUITE.split(), GAMES.split()
     assert (len(suite), len(games)) == (20, 26)
-    found = [report.printed_scores(f"dmc/{task}", background=True, pixels=True) for task in suite]
-    found += [report.printed_scores(f"atari/{game}", background=False, pixels=True) for game in games]
+    found = [published.printed_scores(f"dmc/{task}", background=True, pixels=True) for task in suite]
+    found += [published.printed_scores(f"atari/{game}", background=False, pixels=True) for game in games]
     assert None not in found
     rows = [tuple(row.values()) for row in found if row is not None]
     assert len(set(rows)) == 46
 
 
 def test_printed_means_follow_from_the_rows_and_medians_do_where_the_readme_does_not_say_otherwise():
-    table, tasks = report.printed_table("dmc20_natural_background_1m"), report.task_rows("dmc20_natural_background_1m")
+    name = "dmc20_natural_background_1m"
+    table, tasks = published.printed_table(name), published.task_rows(name)
     assert len(tasks) == 20
     for method, printed in table["Mean"].items():
         assert statistics.mean(float(row[method]) for row in tasks.values()) == pytest.approx(float(printed), abs=0.06)
-    table, games = report.printed_table("atari100k"), report.task_rows("atari100k")
+    table, games = published.printed_table("atari100k"), published.task_rows("atari100k")
     assert len(games) == 26
     medians = {}
     for method in ("muzero", "efficientzero", "simple", "iris", "dreamerv3", "mudreamer"):
-        scores = [report.human_normalised(float(row[method]), row) for row in games.values()]
+        scores = [published.human_normalised(float(row[method]), row) for row in games.values()]
         assert statistics.mean(scores) == pytest.approx(float(table["Human Mean"][method].rstrip("%")) / 100, abs=0.02)
         medians[method] = statistics.median(scores) - float(table["Human Median"][method].rstrip("%")) / 100
     assert {method for method, difference in medians.items() if abs(difference) > 0.01} == {"mudreamer"}
@@ -139,13 +142,13 @@ def test_printed_means_follow_from_the_rows_and_medians_do_where_the_readme_does
 def test_curve_has_one_value_where_episodes_end_together():
     frames = np.repeat([10.0, 20.0, 30.0], 4)
     values = np.arange(12.0)
-    curve = report.Series(frames, values).curve()
+    curve = Series(frames, values).curve()
     assert curve.frames.tolist() == [10, 20, 30]
     assert curve.values.tolist() == [values[:4].mean(), values[:8].mean(), values.mean()]
 
 
 def test_tables_are_plain_csv():
-    for path in (Path(report.__file__).parent / "published").glob("*.csv"):
+    for path in (Path(published.__file__).parent / "printed").glob("*.csv"):
         with open(path, newline="") as file:
             lengths = {len(row) for row in csv.reader(file)}
         assert len(lengths) == 1, path
@@ -170,11 +173,12 @@ def test_learning_curve_draws_what_was_recorded(tmp_path):
         wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
         return float((np.abs(np.asarray(Image.open(path).convert("RGB")).astype(int) - wanted).max(-1) < 8).mean())
 
-    full = report.learning_curve(make_run(tmp_path, "envpool/Catch-v0", 0, [float(x) for x in range(50)], evaluation=9))
-    empty = report.learning_curve(make_run(tmp_path, "envpool/Catch-v0", 1, []))
-    assert share(full, report.RED) > 2e-4
-    assert share(empty, report.RED) == 0
-    assert share(full, report.BLUE) > 2 * share(empty, report.BLUE) > 0  # the loss is drawn in both
+    returns = [float(x) for x in range(50)]
+    full = pictures.learning_curve(read_run(make_run(tmp_path, "envpool/Catch-v0", 0, returns, evaluation=9)))
+    empty = pictures.learning_curve(read_run(make_run(tmp_path, "envpool/Catch-v0", 1, [])))
+    assert share(full, pictures.RED) > 2e-4
+    assert share(empty, pictures.RED) == 0
+    assert share(full, pictures.BLUE) > 2 * share(empty, pictures.BLUE) > 0  # the loss is drawn in both
 
 
 @pytest.mark.parametrize("kind", ["missing", "no metrics", "empty", "broken config", "plot"])
@@ -203,7 +207,7 @@ def test_dream_marks_context_from_imagination(tmp_path):
     true = rng.integers(0, 256, (2, 6, 16, 16, 3), np.uint8)
     imagined = true.copy()
     imagined[:, :, :8] = 0
-    path = report.dream_gif(true, imagined, tmp_path / "dream.gif", context=2, scale=4)
+    path = pictures.dream_gif(true, imagined, tmp_path / "dream.gif", context=2, scale=4)
     gif = Image.open(path)
     assert getattr(gif, "n_frames", 1) == 6
     frames = []
@@ -220,7 +224,7 @@ def test_dream_marks_context_from_imagination(tmp_path):
         return int(near[:, width // 3 : 2 * width // 3].sum())
 
     for step, frame in enumerate(frames):
-        blue, orange = border(frame, report.BLUE), border(frame, report.ORANGE)
+        blue, orange = border(frame, pictures.BLUE), border(frame, pictures.ORANGE)
         assert (blue > 2 * orange) if step < 2 else (orange > 2 * blue)
 
     # Lower halves agree, so the error there is black; upper halves are the true picture's.
@@ -234,12 +238,12 @@ def test_dream_marks_context_from_imagination(tmp_path):
 def test_dream_refuses_other_arrays_and_unwritable_folders(tmp_path):
     good = np.zeros((1, 3, 8, 8, 3), np.uint8)
     with pytest.raises(ValueError, match="uint8"):
-        report.dream_gif(good.astype(np.float32), good, tmp_path / "x.gif", context=1)
+        pictures.dream_gif(good.astype(np.float32), good, tmp_path / "x.gif", context=1)
     with pytest.raises(BadInput, match="cannot be written"):
-        report.dream_gif(good, good, tmp_path / "no" / "x.gif", context=1)
+        pictures.dream_gif(good, good, tmp_path / "no" / "x.gif", context=1)
 
 
 def test_gif_keeps_every_frame(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (5, 12, 8, 3), np.uint8)
-    gif = Image.open(report.gif(frames, tmp_path / "x.gif"))
+    gif = Image.open(pictures.gif(frames, tmp_path / "x.gif"))
     assert (getattr(gif, "n_frames", 1), gif.size) == (5, (8, 12))

@@ -25,7 +25,7 @@ SAMPLE = "gym/env_samples:"
 
 @pytest.fixture(autouse=True)
 def _beside_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.chdir(Path(__file__).parents[1] / "samples")
 
 
 def equal(a: Step, b: Step) -> bool:

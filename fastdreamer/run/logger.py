@@ -1,154 +1,27 @@
-"""A run's folder and what is written into it while it trains: configuration, metrics, TensorBoard, progress.
+"""What is written and shown while a run trains: metrics, TensorBoard, progress."""
 
-`metrics.jsonl` holds one JSON object a line. Every line has `frames` (environment frames so far), `seconds` (spent on
-the run, pauses between a stop and a resume left out) and, where the trainer gave them, `updates`; the other keys are
-tags such as `loss/reward`, `episode/return` or `eval/return_mean`. JSON has no NaN: a value that is not finite is
-the string "nan", "inf" or "-inf", which `float` reads. Tags under `speed/` and `seconds` differ between two runs of one
-seed; everything else is a function of the configuration on CPU.
-"""
-
-import io
 import json
 import math
-import os
-import platform
-import re
-import shlex
-import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, SupportsFloat
 
 import numpy as np
 
 from fastdreamer.config import BadInput
+from fastdreamer.run.pictures import encode_gif
+from fastdreamer.run.records import METRICS, RECENT_EPISODES, rewind
 
-METRICS = "metrics.jsonl"
-RECORDED_VERSIONS = ("torch", "triton", "numpy", "envpool", "mujoco", "dm_control", "gymnasium")
-RECENT_EPISODES = 10
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where the output is no terminal
 LIVE_INTERVAL = 0.25  # seconds between redraws of the live display
 SAMPLE_INTERVAL = 0.5  # seconds between the samples that speeds are taken from
 SAMPLES = 60
 TENSORBOARD_FLUSH = 5.0  # seconds
-FRAME_TIME = 50  # milliseconds of an animation's frame
 RGB = 3  # TensorBoard's code for it
-
-
-def new_run(root: Path, task: str, config: dict[str, Any]) -> Path:
-    """Makes `root/<task>-<YYYYmmdd-HHMMSS>/` with the `config.yaml` that says how to repeat the run, and returns it.
-
-    `config` is what `dataclasses.asdict` gives; `config.yaml` holds it under `config`, beside versions of Python and
-    of the packages that results depend on, the commit of a checkout and whether it was changed, and the command line.
-    Raises BadInput where the folder cannot be written.
-    """
-    import yaml
-
-    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    record = {"config": config, "versions": _versions(), "git": _commit(), "command": shlex.join(sys.orig_argv)}
-    try:
-        run = _unused_folder(root, name)
-        (run / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
-    except OSError as error:
-        raise BadInput(
-            f"No run can be written under {root} ({error.strerror}): name a writable folder with space by --logdir."
-        ) from None
-    return run
-
-
-def record_resume(run: Path, config: dict[str, Any]) -> None:
-    """Notes in `run/config.yaml` that the run is resumed: its options from now on, and by which command and commit.
-
-    Raises BadInput where it cannot be written; the file before stays then.
-    """
-    import yaml
-
-    path = run / "config.yaml"
-    try:
-        record = yaml.safe_load(path.read_text())
-        record["config"] = config
-        record.setdefault("resumed", []).append({"git": _commit(), "command": shlex.join(sys.orig_argv)})
-        beside = path.with_suffix(".new")
-        beside.write_text(yaml.safe_dump(record, sort_keys=False))
-        beside.replace(path)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}): make space or the folder writable.") from None
-
-
-def _unused_folder(root: Path, name: str) -> Path:
-    root.mkdir(parents=True, exist_ok=True)
-    attempt = 1
-    while True:
-        run = root / (name if attempt == 1 else f"{name}-{attempt}")
-        try:
-            run.mkdir()
-            return run
-        except FileExistsError:
-            attempt += 1
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"python": platform.python_version()}
-    for name in RECORDED_VERSIONS:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return versions
-
-
-def _commit() -> dict[str, Any] | None:
-    """The commit of the checkout this file is tracked in, and whether tracked files differ from it; else None."""
-
-    def git(*command: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), *command], check=True, capture_output=True, text=True, timeout=10
-        ).stdout.strip()
-
-    try:
-        # An installed copy may lie inside somebody else's checkout, whose commit would say nothing.
-        git("ls-files", "--error-unmatch", Path(__file__).name)
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def read_metrics(run: Path) -> Iterator[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`, values as floats. A line cut short by a crash is left out.
-
-    Raises FileNotFoundError and other OSErrors.
-    """
-    with open(run / METRICS, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            row = _parse(line)
-            if row is not None:
-                yield row
-
-
-def _parse(line: str) -> dict[str, float] | None:
-    try:
-        row = {tag: float(value) for tag, value in json.loads(line).items()}
-    except (ValueError, TypeError, AttributeError):
-        return None
-    return row if "frames" in row else None
-
-
-def encode_gif(frames: np.ndarray, *, frame_time: int = FRAME_TIME, pause: int = 0) -> bytes:
-    """uint8 (T, H, W, 3) as an animated GIF that repeats: `frame_time` ms a frame, the last one `pause` ms longer."""
-    from PIL import Image
-
-    # The usual median cut gives rare colours (a border, a swatch) away to shades of the frequent ones.
-    method = Image.Quantize.MAXCOVERAGE
-    first, *others = [Image.fromarray(frame).quantize(method=method) for frame in frames]
-    times = [frame_time] * len(others) + [frame_time + pause]
-    encoded = io.BytesIO()
-    first.save(encoded, "GIF", save_all=True, append_images=others, duration=times, loop=0)
-    return encoded.getvalue()
 
 
 class Logger:
@@ -176,7 +49,7 @@ class Logger:
         seconds = 0.0
         try:
             if resume_at_frames is not None:
-                for row in _rewind(run, resume_at_frames):
+                for row in rewind(run, resume_at_frames):
                     seconds = row.get("seconds", seconds)
                     self._updates = int(row.get("updates", self._updates))
                     self._remember(row)
@@ -310,20 +183,6 @@ class Logger:
         if self._evaluation is not None:
             parts.append(f"evaluation {self._evaluation:.4g}, best {self._best_evaluation:.4g}")
         return "; ".join(parts) or "no episode has ended yet"
-
-
-def _rewind(run: Path, frames: int) -> list[dict[str, float]]:
-    """Drops the lines of `metrics.jsonl` beyond `frames`, and returns the rows that stay."""
-    path = run / METRICS
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    kept = [(line, row) for line in lines if (row := _parse(line)) is not None and row["frames"] <= frames]
-    fresh = path.with_suffix(".jsonl.new")
-    fresh.write_text("".join(line if line.endswith("\n") else line + "\n" for line, _ in kept), encoding="utf-8")
-    os.replace(fresh, path)
-    return [row for _, row in kept]
 
 
 def _clock(seconds: float) -> str:

@@ -382,7 +382,7 @@ def test_every_operation_is_listed_with_its_shapes_and_the_reason() -> None:
     assert ops.why()[0] in done.stdout
 
 
-README = (Path(__file__).parents[1] / "kernels/README.md").read_text()
+README = (Path(__file__).parents[2] / "kernels/README.md").read_text()
 
 
 def test_the_table_of_costs_is_what_the_package_prints() -> None:

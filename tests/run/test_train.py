@@ -16,78 +16,26 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from runs import DEMO, GYM, SAMPLES, SMALL, TASKS, differences, episodes, run, state_of
 
 from fastdreamer import envs, evaluate, train
-from fastdreamer.checkpoint import Checkpoints
 from fastdreamer.config import parse_command
-from fastdreamer.logger import read_metrics
+from fastdreamer.run.checkpoint import Checkpoints
+from fastdreamer.run.records import read_metrics
+from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime.graphs import NonFinite
-from fastdreamer.train import Trainer
-
-HERE = Path(__file__).parent
-SMALL = [
-    "--size",
-    "tiny",
-    "--batch-size",
-    "2",
-    "--batch-length",
-    "5",
-    "--horizon",
-    "2",
-    "--prefill",
-    "20",
-    "--replay-capacity",
-    "2000",
-    "--log-every",
-    "4",
-    "--train-ratio",
-    "1",
-]
-DEMO = [*SMALL, *["--preset", "demo", "--envs", "3", "--eval-episodes", "4"]]
-GYM = [*SMALL, *["--task", "gym/env_samples:Vector-v0", "--obs", "vector", "--envs", "2", "--eval-episodes", "2"]]
-TASKS = {"demo": DEMO, "gym": GYM}
 
 
 @pytest.fixture(autouse=True)
 def _beside_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(HERE)
-
-
-def run(arguments: Sequence[str], logdir: Path) -> Path:
-    """Trains, in this process, and gives the run's folder."""
-    before = set(logdir.glob("*"))
-    assert train.main([*arguments, "--logdir", str(logdir)]) == 0
-    (folder,) = set(logdir.glob("*")) - before
-    return folder
+    monkeypatch.chdir(SAMPLES)
 
 
 @pytest.fixture(scope="module")
 def gym_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(HERE)
+        patch.chdir(SAMPLES)
         return run([*GYM, "--frames", "40"], tmp_path_factory.mktemp("gym"))
-
-
-def state_of(folder: Path) -> dict:
-    return Checkpoints(folder).load()
-
-
-def differences(a: object, b: object, name: str = "") -> list[str]:
-    """Names of all entries in which two checkpoints' states differ in any bit."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        keys = sorted({*a, *b}, key=str)
-        return [d for key in keys for d in differences(a.get(key), b.get(key), f"{name}.{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{name}.{i}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [name]
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return [] if a.dtype == b.dtype and np.array_equal(a, b) else [name]
-    return [] if a == b else [name]
-
-
-def episodes(folder: Path) -> list[tuple[float, float]]:
-    return [(row["frames"], row["episode/return"]) for row in read_metrics(folder) if "episode/return" in row]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -200,7 +148,7 @@ def test_dry_run_predicts_peak_memory(compile: str, tmp_path: Path) -> None:
     arguments += ["--prefill", "19500", "--frames", "20500", "--envs", "32", "--log-every", "100000"]
     command = [sys.executable, "-c", PEAK, *arguments, "--logdir", str(tmp_path)]
     outs = [
-        subprocess.run([*command, *more], capture_output=True, text=True, cwd=HERE, check=True).stdout
+        subprocess.run([*command, *more], capture_output=True, text=True, cwd=SAMPLES, check=True).stdout
         for more in (["--dry-run"], [])
     ]
     (predicted,) = re.findall(r"together (\d+\.\d+) GB at the most", outs[0])
@@ -308,7 +256,7 @@ def test_options_of_a_resumed_run_hold(tmp_path: Path) -> None:
 def start(arguments: Sequence[str]) -> subprocess.Popen:
     command = [sys.executable, "-m", "fastdreamer.train", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+    return subprocess.Popen(command, cwd=SAMPLES, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:

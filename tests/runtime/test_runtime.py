@@ -9,10 +9,10 @@ from fastdreamer_kernels import ops
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastdreamer import train
 from fastdreamer.algorithm.optim import Optimizer
 from fastdreamer.config import BadInput, parse_command
 from fastdreamer.envs.base import Spaces, Step
+from fastdreamer.run import trainer as train
 from fastdreamer.runtime import graphs as machinery
 from fastdreamer.runtime.graphs import (
     Batches,
@@ -200,7 +200,7 @@ def test_batches_copied_ahead_are_those_drawn() -> None:
 @pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
 @pytest.mark.parametrize("compile", ["compile", "no-compile"])
 def test_trains_on_a_gpu(replay_device: str, objective: str, compile: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from fastdreamer.train import Trainer
+    from fastdreamer.run.trainer import Trainer
 
     arguments = f"--preset demo --device cuda --replay-device {replay_device} --prefill 20 --objective {objective}"
     arguments += f" --{compile}"

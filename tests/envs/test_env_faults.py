@@ -20,7 +20,7 @@ CONFIG = EnvConfig(envs=4, workers=2, obs="vector", action_repeat=1, timeout=2.0
 
 @pytest.fixture(autouse=True)
 def _fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(Path(__file__).parent)
+    monkeypatch.chdir(Path(__file__).parents[1] / "samples")
     monkeypatch.setenv("FAULT", str(tmp_path / "fault"))
 
 

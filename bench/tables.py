@@ -1,8 +1,8 @@
-"""What the benchmarks have stored: `python -m fastdreamer.report bench`.
+"""What the benchmarks have stored: `python bench/tables.py`.
 
-    report bench [--output FOLDER]     tables of everything stored, in Markdown; with --output pictures of it, too
-    report bench --check | --write     whether the documents show what is stored; makes them show it
-    report bench --compare FOLDER      whether a new run, stored in FOLDER, has lost against what is stored
+    bench/tables.py [--output FOLDER]     tables of everything stored, in Markdown; with --output pictures of it, too
+    bench/tables.py --check | --write     whether the documents show what is stored; makes them show it
+    bench/tables.py --compare FOLDER      whether a new run, stored in FOLDER, has lost against what is stored
 
 It all comes from the JSON in `bench/results/<device>/` (`--results` names another folder). README.md,
 kernels/README.md and docs/performance.md show it between comments:
@@ -608,12 +608,10 @@ def _titles(axes: "Axes", module: Module, title: str) -> None:
 # The command line.
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """The command line behind `bench`; returns the exit code: 0; 1 with a line on stderr for each difference or loss;
     2 with one sentence there for bad input, or where nothing can be compared."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastdreamer.report bench", description="Prints, checks and compares what benchmarks stored."
-    )
+    parser = argparse.ArgumentParser(description="Prints, checks and compares what benchmarks stored.")
     parser.add_argument("--results", metavar="FOLDER", type=Path, help="what is stored (default: bench/results)")
     parser.add_argument("--device", metavar="NAME", help="leave other devices' results out")
     way = parser.add_mutually_exclusive_group()
@@ -662,3 +660,7 @@ def _complain(lines: Sequence[str]) -> int:
     for line in lines:
         print(line, file=sys.stderr)
     return 1 if lines else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,10 +16,10 @@ import torch
 from fastdreamer_kernels import cases, ops
 
 from fastdreamer.config import SIZES, Config
-from fastdreamer.train import Trainer
-from fastdreamer.workload import Way, configure, ready
+from fastdreamer.run.trainer import Trainer
+from fastdreamer.run.workload import Way, configure, ready
 
-FOLDER = Path(__file__).parents[1] / "profiling"
+FOLDER = Path(__file__).parents[2] / "profiling"
 sys.path.insert(0, str(FOLDER))
 parts, table, roofline, updates = (importlib.import_module(n) for n in ("parts", "table", "roofline", "updates"))
 

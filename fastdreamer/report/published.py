@@ -1,0 +1,54 @@
+"""Published figures, as printed: the tables in `printed/`, and which of them fits a run."""
+
+import csv
+import re
+from importlib import resources
+
+from fastdreamer.run.records import Run
+
+BACKGROUND_TABLE, PLAIN_TABLE, ATARI_TABLE = "dmc20_natural_background_1m", "dmc20_no_distractors_1m", "atari100k"
+PRINTED = ("mudreamer", "dreamerv3")
+PRINTED_AGGREGATES = ("Mean", "Median", "#Superhuman", "Human Mean", "Human Median")
+# Names that the published tables print otherwise than environments do; compared without case and punctuation.
+PRINTED_NAMES = {"ballincupcatch": "cupcatch", "choppercommand": "choppercom", "kungfumaster": "kungfumas"}
+
+
+def printed_table(name: str) -> dict[str, dict[str, str]]:
+    """A table of `printed/`: its rows by their first column, cells as printed."""
+    text = resources.files("fastdreamer.report").joinpath("printed", f"{name}.csv").read_text(encoding="utf-8")
+    rows = list(csv.DictReader(text.splitlines()))
+    key = next(iter(rows[0]))
+    return {row.pop(key): row for row in rows}
+
+
+def task_rows(table: str) -> dict[str, dict[str, str]]:
+    """As `printed_table`, without the rows of aggregates."""
+    return {label: row for label, row in printed_table(table).items() if label not in PRINTED_AGGREGATES}
+
+
+def printed_scores(task: str, *, background: bool, pixels: bool) -> dict[str, str] | None:
+    """The published scores of `task` by method, as printed, from the table that fits the run; None where there is none.
+
+    `dmc/` tasks are in it with natural backgrounds alone, `atari/` games at 400k frames; both from pixels.
+    """
+    family, _, name = task.partition("/")
+    if not pixels or (family, background) not in (("dmc", True), ("atari", False)):
+        return None
+    wanted = _bare(name)
+    wanted = PRINTED_NAMES.get(wanted, wanted)
+    rows = task_rows(BACKGROUND_TABLE if family == "dmc" else ATARI_TABLE)
+    return next((row for label, row in rows.items() if _bare(label) == wanted), None)
+
+
+def _bare(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+def human_normalised(score: float, printed: dict[str, str]) -> float:
+    """(score - random) / (human - random), with the table's scores of the game."""
+    return (score - float(printed["random"])) / (float(printed["human"]) - float(printed["random"]))
+
+
+def printed_of(run: Run) -> dict[str, str] | None:
+    env = run.config.env
+    return printed_scores(run.config.task, background=env.background is not None, pixels=env.obs == "pixels")

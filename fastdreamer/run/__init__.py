@@ -1,0 +1,1 @@
+"""One run: its loop, what it keeps, what it shows."""
