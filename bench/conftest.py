@@ -33,7 +33,8 @@ from torch import Tensor
 from fastdreamer.config import Config
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import Way, ready
-from fastdreamer.runtime.graphs import Captured, fast_bf16
+from fastdreamer.runtime.device import fast_bf16
+from fastdreamer.runtime.graphs import Captured
 
 ROOT = Path(__file__).parents[1]
 CUDA = torch.cuda.is_available()

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.replay import Replay
-from fastdreamer.runtime.graphs import Batches, Stager
+from fastdreamer.runtime.acting import Stager
+from fastdreamer.runtime.learner import Batches
 
 SPACES = Spaces(image=True, vector=0, action=6, discrete=False)
 CAPACITY = 100_000 if CUDA else 20_000

@@ -13,7 +13,8 @@ from fastdreamer.envs.base import Step
 from fastdreamer.run.evaluation import make_acting
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import Way, configure, ways
-from fastdreamer.runtime.graphs import Captured, generator
+from fastdreamer.runtime.device import generator
+from fastdreamer.runtime.graphs import Captured
 
 WAYS = ways(DEVICE)
 BASELINE, BEST = WAYS[0], WAYS[-1]

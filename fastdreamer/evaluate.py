@@ -10,7 +10,8 @@ from typing import Literal
 from fastdreamer.config import BadInput, load_config
 from fastdreamer.run.evaluation import evaluate, load_agent, video
 from fastdreamer.run.pictures import gif
-from fastdreamer.runtime.graphs import Runtime, choose_device, prepare_process
+from fastdreamer.runtime.device import choose_device, prepare_process
+from fastdreamer.runtime.graphs import Runtime
 
 
 @dataclass(frozen=True)

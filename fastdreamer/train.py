@@ -13,7 +13,7 @@ from fastdreamer.envs import rendering
 from fastdreamer.run import records
 from fastdreamer.run.dry import dry_run
 from fastdreamer.run.trainer import Trainer
-from fastdreamer.runtime.graphs import NonFinite
+from fastdreamer.runtime.learner import NonFinite
 
 
 def run_command(command: Command, why: str) -> None:

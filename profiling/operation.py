@@ -15,7 +15,7 @@ from fastdreamer_kernels.cases import Case
 from fastdreamer_kernels.compare import tensors
 
 from fastdreamer.config import SIZES, BadInput
-from fastdreamer.runtime.graphs import choose_device
+from fastdreamer.runtime.device import choose_device
 
 WARM = 3
 """Calls before the profiled one: they compile the kernel."""

@@ -38,7 +38,8 @@ from fastdreamer.envs.base import Spaces
 from fastdreamer.envs.synthetic import ACTIONS
 from fastdreamer.replay import Replay
 from fastdreamer.run.workload import ready
-from fastdreamer.runtime.graphs import Runtime, choose_device, fast_bf16
+from fastdreamer.runtime.device import choose_device, fast_bf16
+from fastdreamer.runtime.graphs import Runtime
 
 GATHERS = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding"}
 """Operators that read of their first argument only as much as they give."""

@@ -15,7 +15,8 @@ from fastdreamer.config import OBJECTIVES, SIZES, BadInput, Config
 from fastdreamer.envs.base import Step
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import Way, configure, ready
-from fastdreamer.runtime.graphs import Captured, choose_device
+from fastdreamer.runtime.device import choose_device
+from fastdreamer.runtime.graphs import Captured
 
 
 class Parser(argparse.ArgumentParser):

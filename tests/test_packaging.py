@@ -21,7 +21,7 @@ TIERS = (
     {"train", "evaluate"},
 )
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
-LEARNER = ("algorithm.agent", "runtime.graphs", "replay", "run.checkpoint")
+LEARNER = ("algorithm.agent", "runtime.acting", "runtime.learner", "replay", "run.checkpoint")
 LEARNER_NEEDS = {"torch", "triton", "numpy"}
 IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml"}  # where they differ from the distribution's
 FOLDERS = {"fastdreamer", "kernels", "profiling", "tests", "bench"}

@@ -9,7 +9,7 @@ from bench.peers.protocol import Spec
 from fastdreamer.envs.base import Step
 from fastdreamer.run.evaluation import make_acting
 from fastdreamer.run.workload import configure, ready, ways
-from fastdreamer.runtime.graphs import choose_device, generator
+from fastdreamer.runtime.device import choose_device, generator
 
 
 class Ours:

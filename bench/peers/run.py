@@ -30,7 +30,8 @@ import numpy as np  # noqa: E402
 from bench.conftest import clocks, device_name, output_of, provenance  # noqa: E402
 from bench.peers.protocol import Spec, Variant  # noqa: E402
 from fastdreamer.config import SIZES, BadInput  # noqa: E402
-from fastdreamer.runtime.graphs import Captured, choose_device  # noqa: E402
+from fastdreamer.runtime.device import choose_device  # noqa: E402
+from fastdreamer.runtime.graphs import Captured  # noqa: E402
 
 PEERS = {
     "r2dreamer": "bench.peers.r2dreamer",

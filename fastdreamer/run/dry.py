@@ -8,7 +8,8 @@ from fastdreamer.config import Config
 from fastdreamer.replay import Replay
 from fastdreamer.run import checkpoint
 from fastdreamer.run.trainer import Trainer, state_bytes
-from fastdreamer.runtime.graphs import Captured, peak_memory, used_memory
+from fastdreamer.runtime.device import peak_memory, used_memory
+from fastdreamer.runtime.graphs import Captured
 
 LOADED_LATER = ("matplotlib.figure", "torch.utils.tensorboard")
 """Libraries that a run loads when it first draws or logs, and a dry run would not."""

@@ -13,7 +13,9 @@ from fastdreamer.algorithm.agent import Agent
 from fastdreamer.config import Config
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.run.checkpoint import Checkpoints, check_shapes, shapes
-from fastdreamer.runtime.graphs import Acting, Runtime, generator
+from fastdreamer.runtime.acting import Acting
+from fastdreamer.runtime.device import generator
+from fastdreamer.runtime.graphs import Runtime
 
 SEED_OFFSET = 1_000_000
 """Evaluation seeds lie this far from training seeds, so that no episode is one that was trained on."""

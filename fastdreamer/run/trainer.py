@@ -31,16 +31,9 @@ from fastdreamer.run.checkpoint import Checkpoints, shapes
 from fastdreamer.run.evaluation import dream, evaluate, make_acting, video
 from fastdreamer.run.pictures import dream_gif, learning_curve
 from fastdreamer.run.records import read_run
-from fastdreamer.runtime.graphs import (
-    Batches,
-    Learner,
-    NonFinite,
-    Runtime,
-    choose_device,
-    fast_bf16,
-    generator,
-    prepare_process,
-)
+from fastdreamer.runtime.device import choose_device, fast_bf16, generator, prepare_process
+from fastdreamer.runtime.graphs import Runtime
+from fastdreamer.runtime.learner import Batches, Learner, NonFinite
 
 UPDATE_ROOM = 6 * 10**9
 """Bytes of a GPU that are left to weights and an update's activations when the replay is placed."""

@@ -13,7 +13,7 @@ import torch
 
 from fastdreamer.config import Config, defaults
 from fastdreamer.run.trainer import Trainer
-from fastdreamer.runtime.graphs import fast_bf16
+from fastdreamer.runtime.device import fast_bf16
 
 
 class Way(NamedTuple):

@@ -23,7 +23,7 @@ from fastdreamer.config import parse_command
 from fastdreamer.run.checkpoint import Checkpoints
 from fastdreamer.run.records import read_metrics
 from fastdreamer.run.trainer import Trainer
-from fastdreamer.runtime.graphs import NonFinite
+from fastdreamer.runtime.learner import NonFinite
 
 
 @pytest.fixture(autouse=True)
@@ -134,7 +134,7 @@ PEAK = """
 import sys
 import torch
 from fastdreamer import train
-from fastdreamer.runtime.graphs import peak_memory
+from fastdreamer.runtime.device import peak_memory
 assert train.main(sys.argv[1:]) == 0
 print("peak", peak_memory(torch.device("cpu")))
 """

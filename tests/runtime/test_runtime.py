@@ -14,17 +14,10 @@ from fastdreamer.config import BadInput, parse_command
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.run import trainer as train
 from fastdreamer.runtime import graphs as machinery
-from fastdreamer.runtime.graphs import (
-    Batches,
-    Learner,
-    NonFinite,
-    Runtime,
-    Stager,
-    casts_know_gradients,
-    choose_device,
-    first_line,
-    generator,
-)
+from fastdreamer.runtime.acting import Stager
+from fastdreamer.runtime.device import choose_device, generator
+from fastdreamer.runtime.graphs import Runtime, casts_know_gradients, first_line
+from fastdreamer.runtime.learner import Batches, Learner, NonFinite
 
 CPU = torch.device("cpu")
 

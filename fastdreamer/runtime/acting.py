@@ -1,0 +1,123 @@
+"""Decisions: rows staged to the device, and the agent's answers on a stream of their own."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from fastdreamer.envs.base import Step
+from fastdreamer.runtime.graphs import Runtime
+
+Rows = dict[str, Tensor]
+
+
+class Stager:
+    """Moves environment rows to the device: through pinned buffers where there is CUDA, by a plain copy elsewhere."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._pinned: dict[str, Tensor] = {}
+        self._rows: Rows = {}
+        self._copied: torch.cuda.Event | None = None
+
+    def __call__(self, step: Step) -> Rows:
+        """Fields of `step` as tensors (N, ...) on the device; the arrays may be reused as soon as this returns.
+
+        On a GPU they are the same tensors every time, written on the current stream.
+        """
+        arrays = {name: torch.from_numpy(array) for name, array in vars(step).items() if array is not None}
+        if self.device.type != "cuda":
+            return {name: array.clone() for name, array in arrays.items()}
+        if self._copied is not None:
+            self._copied.synchronize()
+        for name, array in arrays.items():
+            if name not in self._pinned:
+                self._pinned[name] = torch.empty_like(array, pin_memory=True)
+                self._rows[name] = torch.empty_like(array, device=self.device)
+            self._pinned[name].copy_(array)
+            self._rows[name].copy_(self._pinned[name], non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+        return self._rows
+
+
+class Acting:
+    """Decisions for N environments: `act(agent, rows, carry)` gives the next carry, whose `action` is the decision.
+
+    On a GPU with `compile` they are a graph on a stream of their own and read a copy of the weights, so that they need
+    not wait for an update that is running: `refresh` brings the copy up to the weights that are next to be updated.
+    Elsewhere the agent's own weights act, and all is in order by itself.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        agent: nn.Module,
+        act: Callable[[Any, Rows, Any], Any],
+        carry: Any,
+        generators: Sequence[torch.Generator],
+    ):
+        self.runtime, self.carry = runtime, carry
+        self._act, self._stage, self._rows = act, Stager(runtime.device), {}
+        apart = runtime.record is not None
+        self._source, self._agent = agent, copy.deepcopy(agent) if apart else agent
+        self._stream = torch.cuda.Stream(priority=-1) if apart and runtime.device.type == "cuda" else None
+        self._fresh: torch.cuda.Event | None = None
+        self._step = runtime.captured(self._decide, generators, "decision")
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def __call__(self, step: Step) -> Rows:
+        """Decides on a row of each environment: the row on the device, and `carry` has been moved on."""
+        with self._own_stream():
+            if self._fresh is not None:
+                torch.cuda.current_stream().wait_event(self._fresh)
+            rows = self._stage(step)
+            if self._rows:
+                for name, field in rows.items():
+                    if field is not self._rows[name]:
+                        self._rows[name].copy_(field)
+            else:
+                self._rows = rows
+            self._step()
+        if self._stream is not None:
+            # Whoever stores the rows does so after they have come, and before the next ones do (`refresh`).
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return rows
+
+    def actions(self) -> np.ndarray:
+        """The decisions (N, A), on the host."""
+        with self._own_stream():
+            return self.carry.action.cpu().numpy()
+
+    def replace(self, carry: Any) -> None:
+        """Goes on from another carry: a restored one, or one with other actions."""
+        with self._own_stream():
+            tree_map(lambda old, new: old.copy_(new), self.carry, carry)
+
+    def refresh(self) -> None:
+        """From now on the learner's present weights act; what it did with the last rows comes before the next ones."""
+        if self._agent is self._source:
+            return
+        with torch.no_grad():
+            mine, theirs = ([*agent.parameters(), *agent.buffers()] for agent in (self._agent, self._source))
+            torch._foreach_copy_(mine, theirs)  # pyright: ignore
+        if self._stream is not None:
+            self._fresh = torch.cuda.Event()
+            self._fresh.record()
+
+    def _decide(self) -> None:
+        with self.runtime.autocast():
+            carry = self._act(self._agent, self._rows, self.carry)
+        # In place: a replayed graph reads and writes the same tensors. And in float32, whatever the precision.
+        tree_map(lambda old, new: old.copy_(new), self.carry, carry)
+
+    @contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            yield
