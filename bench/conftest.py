@@ -420,7 +420,7 @@ def update(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     trainer.learner.settle()
     losses = {name: value for name, value in trainer.learner.means().items() if name.startswith("loss/")}
     # What is still to be compiled or captured.
-    for _ in range(Captured.WARM + 1 if trainer.runtime.record else 0):
+    for _ in range(Captured.WARM + 1 if trainer.parts.runtime.record else 0):
         trainer.learner.step()
     return trainer.learner.step, losses
 

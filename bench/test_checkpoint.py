@@ -14,7 +14,8 @@ from conftest import CUDA, DEVICE, Measure
 
 from fastdreamer.replay import Replay
 from fastdreamer.run.checkpoint import Checkpoints
-from fastdreamer.run.trainer import Trainer, state_bytes
+from fastdreamer.run.parts import state_bytes
+from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import configure, ready, ways
 
 CAPACITY = 50_000 if CUDA else 4_000

@@ -26,11 +26,11 @@ class Inputs:
 
     def __init__(self, trainer: Trainer):
         self.model, self.behavior = trainer.agent.world_model, trainer.agent.behavior
-        trainer.batches.advance()
+        trainer.parts.batches.advance()
         # A copy: the parts are timed on one batch.
-        self.batch = {name: field.clone() for name, field in trainer.batches().items()}
-        self.noise = trainer.agent.draw_update_noise(trainer.noise)
-        with torch.no_grad(), trainer.runtime.autocast():
+        self.batch = {name: field.clone() for name, field in trainer.parts.batches().items()}
+        self.noise = trainer.agent.draw_update_noise(trainer.parts.generators["learn"])
+        with torch.no_grad(), trainer.parts.runtime.autocast():
             self.embed = self.model.encoder(self.batch, batch_stats=True)
             states, _, _ = self.observe(self.embed)
         self.start = State(states.deter.flatten(0, 1), states.stoch.flatten(0, 1))
@@ -47,13 +47,13 @@ def part(trainer: Trainer, forward: Callable[[], list[Tensor]], leaves: list[Ten
     """`forward`, and its backward pass to the leaves if there are any."""
 
     def call() -> list[Tensor]:
-        with trainer.runtime.autocast(), torch.set_grad_enabled(bool(leaves)):
+        with trainer.parts.runtime.autocast(), torch.set_grad_enabled(bool(leaves)):
             outs = forward()
         if not leaves:
             return outs
         return list(torch.autograd.grad(outs, leaves, grads, allow_unused=True, materialize_grads=True))
 
-    with trainer.runtime.autocast():
+    with trainer.parts.runtime.autocast():
         grads = [torch.ones_like(out) for out in forward()]
     numbers = norms(call())
 
@@ -123,7 +123,7 @@ def test_part(name: str, way: Way, measure: Measure, runs: Runs, request: pytest
 
 def ours(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     """The world model's step as a run makes it, from gradients in its vector."""
-    optimizer = trainer.optimizers.model
+    optimizer = trainer.parts.optimizers.model
     optimizer.grad.copy_(torch.randn(optimizer.grad.shape, generator=torch.Generator().manual_seed(0)))
 
     def step() -> None:
@@ -134,14 +134,14 @@ def ours(trainer: Trainer) -> tuple[Call, dict[str, float]]:
 
 
 def theirs(trainer: Trainer, **options: Any) -> tuple[Call, dict[str, float]]:
-    params = [nn.Parameter(p.detach().clone()) for p in trainer.optimizers.model.params]
+    params = [nn.Parameter(p.detach().clone()) for p in trainer.parts.optimizers.model.params]
     draw = torch.Generator().manual_seed(0)
     for p in params:
         p.grad = torch.randn(p.shape, generator=draw).to(p.device)
-    optimizer = torch.optim.Adam(params, lr=trainer.optimizers.model.lr, capturable=CUDA, **options)
+    optimizer = torch.optim.Adam(params, lr=trainer.parts.optimizers.model.lr, capturable=CUDA, **options)
 
     def step() -> None:
-        torch.nn.utils.clip_grad_norm_(params, trainer.optimizers.model.clip, foreach=True)
+        torch.nn.utils.clip_grad_norm_(params, trainer.parts.optimizers.model.clip, foreach=True)
         optimizer.step()
 
     return step, {}

@@ -15,12 +15,14 @@ from fastdreamer.run.workload import ways
 RUN = """
 import sys
 import torch
+from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import configure, ways
 
 size, way = sys.argv[1:]
 way = {w.name: w for w in ways(torch.device("cuda" if torch.cuda.is_available() else "cpu"))}[way]
-with Trainer(configure(way, size=size), None) as trainer:
+with build(configure(way, size=size)) as parts:
+    trainer = Trainer(parts)
     while trainer.learner.updates < 10:
         trainer.iterate()
     trainer.learner.settle()

@@ -28,7 +28,7 @@ def update_size(request: pytest.FixtureRequest) -> str:
 
 def decision(trainer: Trainer, rows: int) -> tuple[Call, dict[str, float]]:
     """From a row of each environment in host memory to their actions there."""
-    acting = make_acting(trainer.runtime, trainer.agent, rows, generator(trainer.device, 0, 1))
+    acting = make_acting(trainer.parts.runtime, trainer.agent, rows, generator(trainer.parts.device, 0, 1))
     step = Step.empty(rows, trainer.envs.spaces)
 
     def decide() -> None:

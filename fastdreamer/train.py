@@ -12,6 +12,7 @@ from fastdreamer.config import BadInput, Command, parse_command
 from fastdreamer.envs import rendering
 from fastdreamer.run import records
 from fastdreamer.run.dry import dry_run
+from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime.learner import NonFinite
 
@@ -26,22 +27,26 @@ def run_command(command: Command, why: str) -> None:
         dry_run(config)
         return
 
-    def new_run() -> Path:
-        return records.new_run(Path(config.run.logdir), config.task, asdict(config))
-
     resumed = None if command.resume is None else Path(command.resume)
-    with Trainer(config, resumed or new_run, resume=resumed is not None) as trainer:
-        print(f"run: {trainer.run_folder}", flush=True)
-        if resumed is not None:
-            if trainer.frames > config.run.frames:
-                raise BadInput(f"--frames is {config.run.frames} and the run has come to {trainer.frames}: raise it.")
-            records.record_resume(resumed, asdict(config))
-        try:
-            trainer.train()
-        except NonFinite as error:
-            last = trainer.checkpoints.latest() if trainer.checkpoints else None
-            mend = f"resume from {last} with: {trainer.resume_command}" if last else "no checkpoint was written yet"
-            raise SystemExit(f"error: {error.name} became {error.value} at update {error.update}; {mend}.") from None
+    with build(config) as parts:
+        # Only now: what is refused above leaves no folder behind.
+        folder = resumed or records.new_run(Path(config.run.logdir), config.task, asdict(config))
+        with Trainer(parts, folder, resume=resumed is not None) as trainer:
+            print(f"run: {folder}", flush=True)
+            if resumed is not None:
+                if trainer.frames > config.run.frames:
+                    raise BadInput(
+                        f"--frames is {config.run.frames} and the run has come to {trainer.frames}: raise it."
+                    )
+                records.record_resume(resumed, asdict(config))
+            try:
+                trainer.train()
+            except NonFinite as error:
+                last = trainer.checkpoints.latest() if trainer.checkpoints else None
+                mend = f"resume from {last} with: {trainer.resume_command}" if last else "no checkpoint was written yet"
+                raise SystemExit(
+                    f"error: {error.name} became {error.value} at update {error.update}; {mend}."
+                ) from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

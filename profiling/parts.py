@@ -172,9 +172,9 @@ def marked(trainer: Trainer, enter: Enter, leave: Leave, across: bool = False) -
     """Ranges around the parts of what `trainer` does inside this context; "rest" is open wherever no part is."""
     parts = Parts(enter, leave, across)
     try:
-        if trainer.runtime.record is None:
-            attach(parts, trainer.agent, trainer.optimizers)
-            parts.wrap(trainer.batches, "draw", "sample")
+        if trainer.parts.runtime.record is None:
+            attach(parts, trainer.agent, trainer.parts.optimizers)
+            parts.wrap(trainer.parts.batches, "draw", "sample")
         else:
             parts.wrap(trainer.learner, "_issue", WHOLE)
         parts.wrap(trainer.learner, "_advance", "copy", around=True)

@@ -68,7 +68,7 @@ class Table:
 def trace(trainer: Trainer, count: int, warm: int | None, output: Path) -> Table:
     """Profiles `count` updates with a decision each, and writes the trace to `output` (.json or .json.gz)."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    if trainer.device.type == "cuda":
+    if trainer.parts.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     once = updates.warmed(trainer, warm)
     with torch.profiler.profile(activities=activities) as profile, parts.marked(trainer, *parts.recorded()):

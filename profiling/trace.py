@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise BadInput(f"--output {args.output}: there is no folder {args.output.parent}; make it first.")
     with ready(updates.config_of(args, args.size)) as trainer:
         result = table.trace(trainer, args.updates, args.warm, args.output)
-        precision = trainer.runtime.precision
+        precision = trainer.parts.runtime.precision
     way = "compiled" if args.compile else "eager"
     print(f"size {args.size}, {args.objective}, {way}, {precision}: one update, and a decision for {args.envs}")
     print("\n".join(table.lines(result)))

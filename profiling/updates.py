@@ -60,8 +60,8 @@ def config_of(args: argparse.Namespace, size: str) -> Config:
 def warmed(trainer: Trainer, warm: int | None) -> Callable[[], None]:
     """One update and one decision as a function, called often enough to have loaded, compiled and captured all."""
     step = trainer.envs.recv()
-    least = Captured.WARM + 2 if trainer.runtime.record else 1
-    for _ in range(max(least, warm or (5 if trainer.device.type == "cuda" else 2))):
+    least = Captured.WARM + 2 if trainer.parts.runtime.record else 1
+    for _ in range(max(least, warm or (5 if trainer.parts.device.type == "cuda" else 2))):
         turn(trainer, step)
     wait(trainer)
     return lambda: turn(trainer, step)
@@ -79,7 +79,7 @@ def turn(trainer: Trainer, step: Step) -> None:
 def wait(trainer: Trainer) -> None:
     """Until everything that was issued has run."""
     trainer.learner.settle()
-    if trainer.device.type == "cuda":
+    if trainer.parts.device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     with ready(config_of(args, args.size)) as trainer:
         once = warmed(trainer, args.warm)
-        cuda = trainer.device.type == "cuda"
+        cuda = trainer.parts.device.type == "cuda"
         with parts.marked(trainer, *parts.annotated()):
             if cuda:
                 torch.cuda.profiler.start()

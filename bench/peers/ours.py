@@ -32,7 +32,7 @@ class Ours:
         self.trainer = trainer = self.stack.enter_context(ready(config))
         self.parameters = sum(p.numel() for p in trainer.agent.parameters() if p.requires_grad)
         self.runs = f"{'decoder' if objective == 'dreamerv3' else 'no decoder'}, GRU, size {spec.size}, {way.name}"
-        self.acting = make_acting(trainer.runtime, trainer.agent, spec.envs, generator(device, 0, 1))
+        self.acting = make_acting(trainer.parts.runtime, trainer.agent, spec.envs, generator(device, 0, 1))
         self.step = Step.empty(spec.envs, trainer.envs.spaces)
 
     def update(self) -> None:

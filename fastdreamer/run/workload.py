@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdreamer.config import Config, defaults
+from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime.device import fast_bf16
 
@@ -73,8 +74,9 @@ def ready(config: Config) -> Iterator[Trainer]:
     """
     torch._dynamo.reset()
     with redirect_stdout(StringIO()):
-        trainer = Trainer(config, None)
-    with trainer:
+        parts = build(config)
+    with parts:
+        trainer = Trainer(parts)
         fill(trainer)
         yield trainer
 

@@ -43,13 +43,13 @@ def trainer() -> Iterator[Trainer]:
 
 
 def weights(trainer: Trainer) -> list[torch.Tensor]:
-    moments = [value for each in trainer.optimizers for value in each.state().values()]
+    moments = [value for each in trainer.parts.optimizers for value in each.state().values()]
     return [x.detach().clone() for x in (*trainer.agent.state_dict().values(), *moments, trainer.carry.action)]
 
 
 def attributes(trainer: Trainer) -> dict[int, dict[str, Any]]:
     objects = [
-        trainer, trainer.batches, trainer.learner, trainer.acting, trainer.replay, *trainer.optimizers,
+        trainer, trainer.parts.batches, trainer.learner, trainer.acting, trainer.replay, *trainer.parts.optimizers,
         *trainer.agent.modules(),
     ]  # fmt: skip
     return {id(each): {k: v for k, v in vars(each).items() if callable(v) or k == "ops"} for each in objects}
@@ -111,7 +111,7 @@ def test_marks_end_with_an_error(trainer: Trainer) -> None:
 
 def test_a_captured_update_is_one_range() -> None:
     with ready(small()) as trainer:
-        trainer.runtime.record = lambda function, generators: (function(), function)
+        trainer.parts.runtime.record = lambda function, generators: (function(), function)
         names = []
         with parts.marked(trainer, lambda name: names.append(name), lambda _: None):
             updates.turn(trainer, trainer.envs.recv())
@@ -232,8 +232,8 @@ def test_floors_agree_with_counts_by_hand(work: dict[str, Any]) -> None:
 
 def test_the_optimisers_floor_is_adams(work: dict[str, Any], trainer: Trainer) -> None:
     """Weights and two moments read and written, gradients and the weights that slow copies follow read."""
-    vectors = [optimizer.param.numel() for optimizer in trainer.optimizers]
-    slow = sum(optimizer.slow.numel() for optimizer in trainer.optimizers if optimizer.slow is not None)
+    vectors = [optimizer.param.numel() for optimizer in trainer.parts.optimizers]
+    slow = sum(optimizer.slow.numel() for optimizer in trainer.parts.optimizers if optimizer.slow is not None)
     total = work["optimise"].read + work["optimise"].written
     # Parameters begin at multiples of 64, and what lies between has no gradient that arrives.
     assert 0.9 * 4 * (7 * sum(vectors) + 2 * slow) < total < 1.1 * 4 * (7 * sum(vectors) + 2 * slow)

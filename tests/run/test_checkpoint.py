@@ -478,7 +478,7 @@ LOOP = """
     import sys
     from pathlib import Path
     from fastdreamer.run import checkpoint
-    from tests.test_checkpoint import ROW_BYTES, add, make_replay, state_of
+    from test_checkpoint import ROW_BYTES, add, make_replay, state_of
 
     checkpoint.CHUNK_BYTES = 8 * ROW_BYTES
     run, replay = Path(sys.argv[1]), make_replay()
@@ -494,13 +494,12 @@ LOOP = """
 
 
 def test_kill_9_at_random_moments(tmp_path: Path):
-    run, generator, root = tmp_path / "run", random.Random(0), Path(__file__).parents[2]
+    run, generator, here = tmp_path / "run", random.Random(0), Path(__file__).parent
     twin, last = make_replay(), 0
     for _ in range(3):
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(LOOP), str(run)],
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])},
             stdout=subprocess.PIPE,
             text=True,
         )

@@ -10,7 +10,8 @@ from runs import DEMO, GYM
 
 from fastdreamer import train
 from fastdreamer.config import parse_command
-from fastdreamer.run import trainer
+from fastdreamer.run import parts as building
+from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime import graphs as runtime
 
@@ -34,7 +35,8 @@ def losses(task: list[str], kernels: str, precision: str, compile: bool) -> tupl
     """Losses of the first update, and whatever is in the metrics of another."""
     flags = ["--kernels", kernels, "--precision", precision, "--compile" if compile else "--no-compile"]
     command, _ = parse_command([*task, *flags], cuda=False)
-    with Trainer(command.config, None) as trainer:
+    with build(command.config) as parts:
+        trainer = Trainer(parts)
         while trainer.learner.updates < 1:
             trainer.iterate()
         trainer.learner.settle()
@@ -86,15 +88,15 @@ def test_auto_takes_bf16_only_where_it_pays(monkeypatch: pytest.MonkeyPatch) -> 
 
     def precision(*flags: str) -> str:
         command, _ = parse_command(["--preset", "demo", *flags], cuda=False)
-        return trainer.make_runtime(command.config, cpu).precision
+        return building.make_runtime(command.config, cpu).precision
 
-    monkeypatch.setattr(trainer, "prepare_process", lambda *_, **__: None)
-    monkeypatch.setattr(trainer, "fast_bf16", lambda _: True)
+    monkeypatch.setattr(building, "prepare_process", lambda *_, **__: None)
+    monkeypatch.setattr(building, "fast_bf16", lambda _: True)
     assert precision("--size", "S", "--compile") == "bf16"
     assert precision("--size", "S") == "fp32"
     assert precision("--compile") == "fp32"
     assert precision("--compile", "--precision", "bf16") == "bf16"
-    monkeypatch.setattr(trainer, "fast_bf16", lambda _: False)
+    monkeypatch.setattr(building, "fast_bf16", lambda _: False)
     assert precision("--size", "S", "--compile") == "fp32"
 
 

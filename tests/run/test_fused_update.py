@@ -13,6 +13,7 @@ from torch import Tensor
 from fastdreamer.algorithm.agent import Agent, UpdateNoise
 from fastdreamer.config import Config, parse_command
 from fastdreamer.envs.base import Spaces
+from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
 
 ROUNDINGS = 16
@@ -101,7 +102,8 @@ def test_demo_trains_on_the_fused_operations_as_on_the_reference() -> None:
         flags = ["--preset", "demo", "--device", "cpu", "--kernels", kernels, "--prefill", "24", *arguments]
         command, _ = parse_command(flags, cuda=False)
         found = []
-        with Trainer(command.config, None) as trainer:
+        with build(command.config) as parts:
+            trainer = Trainer(parts)
             while len(found) < 3:
                 trainer.iterate()
                 trainer.learner.settle()

@@ -3,6 +3,8 @@ import dataclasses
 import io
 import json
 import math
+import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -29,7 +31,7 @@ def test_config_yaml_repeats_the_run(tmp_path):
     record = yaml.safe_load((run / "config.yaml").read_text())
     assert record["versions"]["torch"]
     assert set(record["versions"]) >= {"python", "triton", "numpy", "envpool", "mujoco", "dm_control", "gymnasium"}
-    assert "pytest" in record["command"]
+    assert record["command"] == shlex.join(sys.orig_argv)
     assert record["git"] is None or len(record["git"]["commit"]) == 40
 
 

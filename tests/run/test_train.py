@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,8 +20,12 @@ import yaml
 from runs import DEMO, GYM, SAMPLES, SMALL, TASKS, differences, episodes, run, state_of
 
 from fastdreamer import envs, evaluate, train
+from fastdreamer.algorithm.agent import Agent, Optimizers, UpdateNoise
+from fastdreamer.algorithm.world_model import Batch
 from fastdreamer.config import parse_command
+from fastdreamer.run import parts as building
 from fastdreamer.run.checkpoint import Checkpoints
+from fastdreamer.run.parts import build
 from fastdreamer.run.records import read_metrics
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime.learner import NonFinite
@@ -90,7 +95,8 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_train_ratio_is_exact(tmp_path: Path) -> None:
     command, _ = parse_command([*DEMO, "--train-ratio", "0.7", "--frames", "500"], cuda=False)
-    with Trainer(command.config, None) as trainer:
+    with build(command.config) as parts:
+        trainer = Trainer(parts)
         for _ in range(40):
             trainer.iterate()
             due = max(0, trainer.decisions - 20) * 0.7 / (2 * 5)
@@ -102,7 +108,8 @@ def test_train_ratio_is_exact(tmp_path: Path) -> None:
 
 def test_prefill_is_random_and_then_the_policy_acts() -> None:
     command, _ = parse_command([*GYM, "--prefill", "30"], cuda=False)
-    with Trainer(command.config, None) as trainer:
+    with build(command.config) as parts:
+        trainer = Trainer(parts)
         nn_actor = trainer.agent.behavior.actor
         torch.nn.init.zeros_(nn_actor.out.weight)
         with torch.no_grad():
@@ -160,19 +167,19 @@ def test_dry_run_predicts_peak_memory(compile: str, tmp_path: Path) -> None:
 def test_loss_that_is_not_finite_stops_the_run(weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = run([*DEMO, "--frames", "60"], tmp_path)
     good = Checkpoints(folder).latest()
-    update = train.Trainer._update
+    update = Agent.update
 
-    def poisoned(self: Trainer) -> dict[str, torch.Tensor]:
-        metrics = update(self)
-        if self.learner.updates == 6:
+    def poisoned(self: Agent, batch: Batch, noise: UpdateNoise, optimizers: Optimizers) -> dict[str, torch.Tensor]:
+        metrics = update(self, batch, noise, optimizers)
+        if optimizers.model.steps == 7:
             metrics["loss/reward"] = metrics["loss/reward"] * float("nan")
             if weights:
                 with torch.no_grad():
-                    for parameter in self.agent.parameters():
+                    for parameter in self.parameters():
                         parameter.fill_(float("nan"))
         return metrics
 
-    monkeypatch.setattr(train.Trainer, "_update", poisoned)
+    monkeypatch.setattr(Agent, "update", poisoned)
     with pytest.raises(SystemExit) as stopped:
         train.main(["--resume", str(folder), "--frames", "300"])
     message = str(stopped.value.code)
@@ -192,7 +199,7 @@ def test_a_run_that_blows_up_says_where(rate: str, tmp_path: Path) -> None:
 
 def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     command, _ = parse_command(GYM, cuda=False)
-    with Trainer(command.config, tmp_path) as trainer:
+    with build(command.config) as parts, Trainer(parts, tmp_path) as trainer:
         trainer.iterate()
         good = trainer.save()
         with torch.no_grad():
@@ -225,18 +232,18 @@ def test_a_configuration_that_was_edited_badly(
 
 def test_nothing_depends_on_timing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     quick = run([*GYM, "--frames", "60"], tmp_path)
-    rng, recv, update = random.Random(0), envs.Environments.recv, Trainer._update
+    rng, recv, update = random.Random(0), envs.Environments.recv, Agent.update
 
     def slow_recv(self: envs.Environments) -> envs.Step:
         time.sleep(rng.choice([0, 0.02]))
         return recv(self)
 
-    def slow_update(self: Trainer) -> dict[str, torch.Tensor]:
+    def slow_update(self: Agent, *arguments: Any) -> dict[str, torch.Tensor]:
         time.sleep(rng.choice([0, 0.05]))
-        return update(self)
+        return update(self, *arguments)
 
     monkeypatch.setattr(envs.Environments, "recv", slow_recv)
-    monkeypatch.setattr(Trainer, "_update", slow_update)
+    monkeypatch.setattr(Agent, "update", slow_update)
     slow = run([*GYM, "--frames", "60"], tmp_path)
     assert not differences(state_of(quick), state_of(slow))
 
@@ -244,10 +251,10 @@ def test_nothing_depends_on_timing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def test_options_of_a_resumed_run_hold(tmp_path: Path) -> None:
     folder = run([*DEMO, "--frames", "60"], tmp_path)
     command, _ = parse_command(["--resume", str(folder), "--model-lr", "0.5"], cuda=False)
-    with Trainer(command.config, folder, resume=True) as trainer:
+    with build(command.config) as parts, Trainer(parts, folder, resume=True) as trainer:
         assert trainer.learner.updates > 0
-        assert trainer.optimizers.model.lr == 0.5
-        assert trainer.optimizers.actor.lr == command.config.optim.behavior_lr
+        assert trainer.parts.optimizers.model.lr == 0.5
+        assert trainer.parts.optimizers.actor.lr == command.config.optim.behavior_lr
 
 
 # Ends of all kinds, from outside
@@ -409,13 +416,13 @@ def test_checkpoints_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(train, "available_memory", lambda device: 100_000_000)
+    monkeypatch.setattr(building, "available_memory", lambda device: 100_000_000)
     assert train.main([*DEMO, "--size", "XL", "--dry-run"]) == 2
     assert re.search(r"--size XL needs \d+\.\d GB", capsys.readouterr().err)
 
 
 def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(Trainer, "_update", lambda self: {"x": torch.empty(2**60)})
+    monkeypatch.setattr(Agent, "update", lambda *_: {"x": torch.empty(2**60)})
     assert train.main([*DEMO, "--dry-run"]) == 2
     assert re.search(r"error: memory ran out.*--batch-size", capsys.readouterr().err)
 
@@ -439,13 +446,13 @@ def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 )
 def test_short_run(arguments: list[str], tmp_path: Path) -> None:
     command, _ = parse_command([*SMALL, *arguments, "--envs", "2"], cuda=False)
-    with Trainer(command.config, tmp_path) as trainer:
+    with build(command.config) as parts, Trainer(parts, tmp_path) as trainer:
         while trainer.learner.updates < 4:
             trainer.iterate()
         trainer.learner.settle()
         assert all(np.isfinite(value) for value in trainer.learner.means().values())
         trainer.save()
     resumed = replace(command.config, run=replace(command.config.run, frames=10**6))
-    with Trainer(resumed, tmp_path, resume=True) as trainer:
+    with build(resumed) as parts, Trainer(parts, tmp_path, resume=True) as trainer:
         assert trainer.learner.updates == 4
         trainer.iterate()

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastdreamer.algorithm.agent import Agent
 from fastdreamer.config import parse_command
 from fastdreamer.envs.base import Spaces
-from fastdreamer.run import trainer as train
+from fastdreamer.run import parts as building
+from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime.graphs import Captured, Runtime
 
@@ -74,18 +75,19 @@ def trained(
         return Runtime(CPU, precision=precision, record=partial(record_fx, scalars=scalars), say=said.append)  # pyright: ignore[reportArgumentType]
 
     scalars: list[Tensor] = []
-    monkeypatch.setattr(train, "make_runtime", make_runtime)
+    monkeypatch.setattr(building, "make_runtime", make_runtime)
     monkeypatch.setattr(Captured, "WARM", 2 if captured else 10**9)
     command, _ = parse_command([*arguments, "--precision", precision], cuda=False)
-    with Trainer(command.config, None) as trainer:
-        scalars += [optimizer.steps for optimizer in trainer.optimizers]
+    with build(command.config) as parts:
+        trainer = Trainer(parts)
+        scalars += [optimizer.steps for optimizer in parts.optimizers]
         before = copy.deepcopy(trainer.agent)
         while trainer.learner.updates < updates:
             trainer.iterate()
         trainer.learner.settle()
         counts = {
-            "steps": [optimizer.steps for optimizer in trainer.optimizers],
-            "noise": [each.get_state() for each in (trainer.noise, trainer.draws, trainer.act_noise)],
+            "steps": [optimizer.steps for optimizer in parts.optimizers],
+            "noise": [each.get_state() for each in parts.generators.values()],
             "rows": trainer.replay.added,
         }
         return {"before": before, "agent": trainer.agent, "counts": counts}, said

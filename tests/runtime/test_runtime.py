@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastdreamer.algorithm.optim import Optimizer
 from fastdreamer.config import BadInput, parse_command
 from fastdreamer.envs.base import Spaces, Step
-from fastdreamer.run import trainer as train
+from fastdreamer.run import parts as building
 from fastdreamer.runtime import graphs as machinery
 from fastdreamer.runtime.acting import Stager
 from fastdreamer.runtime.device import choose_device, generator
@@ -89,8 +89,8 @@ def test_the_replay_goes_where_there_is_room(
 
     def place(free: float, *flags: str) -> torch.device:
         command, _ = parse_command(["--task", "dmc/walker_walk", *flags], cuda=False)
-        monkeypatch.setattr(train, "available_memory", lambda _: int(free))
-        return train.choose_replay_device(command.config, spaces, cuda)
+        monkeypatch.setattr(building, "available_memory", lambda _: int(free))
+        return building.choose_replay_device(command.config, spaces, cuda)
 
     # A million steps of pixels are 12.3 GB.
     assert place(24e9) == cuda
@@ -193,12 +193,14 @@ def test_batches_copied_ahead_are_those_drawn() -> None:
 @pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
 @pytest.mark.parametrize("compile", ["compile", "no-compile"])
 def test_trains_on_a_gpu(replay_device: str, objective: str, compile: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from fastdreamer.run.parts import build
     from fastdreamer.run.trainer import Trainer
 
     arguments = f"--preset demo --device cuda --replay-device {replay_device} --prefill 20 --objective {objective}"
     arguments += f" --{compile}"
     command, _ = parse_command(arguments.split(), cuda=True)
-    with Trainer(command.config, None) as trainer:
+    with build(command.config) as parts:
+        trainer = Trainer(parts)
         while trainer.learner.updates < 10:
             trainer.iterate()
         trainer.learner.settle()

@@ -1,0 +1,176 @@
+"""What a run is made of: device, operations, environments, agent, replay, learner and acting, built from its options.
+
+Training, evaluation, dry runs, benchmarks and profiles are made of the same parts; whoever moves them is elsewhere.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from fastdreamer_kernels import ops
+from torch import nn
+
+from fastdreamer import envs
+from fastdreamer.algorithm.agent import Agent, Optimizers
+from fastdreamer.config import BadInput, Config
+from fastdreamer.envs.base import Spaces
+from fastdreamer.replay import Replay, available_memory, describe
+from fastdreamer.run.evaluation import make_acting
+from fastdreamer.runtime.acting import Acting
+from fastdreamer.runtime.device import choose_device, fast_bf16, generator, prepare_process
+from fastdreamer.runtime.graphs import Runtime
+from fastdreamer.runtime.learner import Batches, Learner
+
+UPDATE_ROOM = 6 * 10**9
+"""Bytes of a GPU that are left to weights and an update's activations when the replay is placed."""
+INIT_STREAM, LEARN_STREAM, ACT_STREAM, REPLAY_STREAM, PREFILL_STREAM = range(5)
+"""A run's independent streams of randomness."""
+
+
+def make_runtime(config: Config, device: torch.device) -> Runtime:
+    """How this run's work is done on its device, as its options say. Raises BadInput for what the device cannot do."""
+    run = config.run
+    prepare_process(device, keep_memory=run.compile)
+    precision = run.precision
+    if precision == "auto":
+        # A tiny network's time goes into starting operations, not into products.
+        narrow = fast_bf16(device) and (device.type == "cuda" or (run.compile and config.size != "tiny"))
+        precision = "bf16" if narrow else "fp32"
+    if precision == "bf16" and device.type == "cuda" and not fast_bf16(device):
+        raise BadInput("--precision bf16 needs a GPU of compute capability 8.0 or newer: use --precision fp32.")
+    fused = (ops.why(device)[0] if run.kernels == "auto" else run.kernels) == "fused"
+    return Runtime(device, precision=precision, compile=run.compile, fused=fused, say=say)
+
+
+def say(message: str) -> None:
+    print(message, flush=True)
+
+
+def load_ops(config: Config, runtime: Runtime) -> ops.Ops:
+    """The hot operations as `--kernels` and `--compile` want them. Raises BadInput where they cannot run."""
+    try:
+        return runtime.operations(ops.load(config.run.kernels, runtime.device))
+    except ops.Unavailable as error:
+        raise BadInput(f"--kernels {config.run.kernels} cannot run: {error}; use --kernels auto.") from None
+
+
+def choose_replay_device(config: Config, spaces: Spaces, device: torch.device) -> torch.device:
+    """Where the replay lies: as `--replay-device` says, and by itself where there is room for it beside an update."""
+    if config.replay.replay_device == "cpu" or device.type == "cpu":
+        return torch.device("cpu")
+    need, free = Replay.bytes(spaces, config.replay.replay_capacity), available_memory(device)
+    if need + UPDATE_ROOM <= free:
+        return device
+    wanted = f"{need / 1e9:.1f} of {free / 1e9:.1f} GB"
+    say(f"the replay does not fit on {device} beside an update ({wanted}) and is kept in host memory")
+    return torch.device("cpu")
+
+
+def build_agent(config: Config, spaces: Spaces, operations: ops.Ops, device: torch.device) -> Agent:
+    """An agent with weights drawn from the run's seed. Raises BadInput where it cannot fit into memory."""
+    with torch.device("meta"):
+        need, free = state_bytes(Agent(spaces, config, operations)), available_memory(device)
+    if need > free:
+        raise BadInput(
+            f"--size {config.size} needs {need / 1e9:.1f} GB for weights, gradients and optimisers and {device} has "
+            f"{free / 1e9:.1f} GB free: choose a smaller one."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(generator(torch.device("cpu"), config.seed, INIT_STREAM).initial_seed())
+        return Agent(spaces, config, operations).to(device)
+
+
+def state_bytes(agent: nn.Module) -> int:
+    """Bytes of weights and slow copies, and for each trainable weight of its gradient (as it arrives, and in the
+    optimiser's vector) and Adam's two moments."""
+    tensors = [*agent.parameters(), *agent.buffers()]
+    trainable = [p for p in agent.parameters() if p.requires_grad]
+    return sum(t.numel() * t.element_size() for t in tensors) + 4 * sum(p.numel() * 4 for p in trainable)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A run, built and at rest. Use as a context manager, which closes the environments."""
+
+    config: Config
+    device: torch.device
+    runtime: Runtime
+    envs: envs.Environments
+    agent: Agent
+    optimizers: Optimizers
+    replay: Replay
+    batches: Batches
+    learner: Learner
+    acting: Acting
+    generators: dict[str, torch.Generator]
+    """Of the updates' noise (`learn`), of decisions (`act`), of the sequences drawn (`replay`)."""
+
+    def __enter__(self) -> "Parts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.envs.close()
+
+    def random_action(self) -> torch.Tensor:
+        """Uniform actions (N, A), drawn afresh for each row of the replay."""
+        rows, spaces = self.config.env.envs, self.envs.spaces
+        rng = np.random.default_rng([self.config.seed, PREFILL_STREAM, self.replay.added])
+        if spaces.discrete:
+            return nn.functional.one_hot(
+                torch.from_numpy(rng.integers(spaces.action, size=rows)), spaces.action
+            ).float()
+        return torch.from_numpy(rng.uniform(-1, 1, (rows, spaces.action)).astype(np.float32))
+
+
+def build(config: Config) -> Parts:
+    """Builds a run as its options say. Raises BadInput for what cannot be had here; nothing is left behind then."""
+    device = choose_device(config.run.device)
+    runtime = make_runtime(config, device)
+    environments = envs.make(config.task, config.env, config.seed)
+    try:
+        return _assemble(config, runtime, environments)
+    except BaseException:
+        environments.close()
+        raise
+
+
+def _assemble(config: Config, runtime: Runtime, environments: envs.Environments) -> Parts:
+    device, spaces, optim = runtime.device, environments.spaces, config.optim
+    operations = load_ops(config, runtime)
+    agent = build_agent(config, spaces, operations, device)
+    optimizers = agent.make_optimizers()
+    place = choose_replay_device(config, spaces, device)
+    replay = make_replay(config, spaces, operations, place, near=place == device)
+    streams = {"learn": (device, LEARN_STREAM), "act": (device, ACT_STREAM), "replay": (replay.device, REPLAY_STREAM)}
+    generators = {name: generator(where, config.seed, stream) for name, (where, stream) in streams.items()}
+
+    def draw() -> dict[str, torch.Tensor]:
+        uniform = torch.rand(
+            optim.batch_size, dtype=torch.float64, generator=generators["replay"], device=replay.device
+        )
+        return replay.sample(uniform, optim.batch_length)
+
+    def update() -> dict[str, torch.Tensor]:
+        batch, noise = batches(), agent.draw_update_noise(generators["learn"])
+        with runtime.autocast():
+            return whole(batch, noise, optimizers)
+
+    batches, whole = Batches(draw, replay.device, device), runtime.whole(agent.update)
+    drawn = ("learn",) if batches.ahead else ("learn", "replay")
+    learner = Learner(update, runtime=runtime, generators=[generators[name] for name in drawn], advance=batches.advance)
+    acting = make_acting(runtime, agent, config.env.envs, generators["act"])
+    return Parts(config, device, runtime, environments, agent, optimizers, replay, batches, learner, acting, generators)
+
+
+def make_replay(config: Config, spaces: Spaces, operations: ops.Ops, device: torch.device, near: bool) -> Replay:
+    """The replay on `device`; `near` the learner batches are made ready there, elsewhere as few bytes as can be."""
+    print(describe(spaces, config.replay.replay_capacity, device), flush=True)
+    return Replay(
+        spaces,
+        config.env.envs,
+        config.replay.replay_capacity,
+        gather=(operations if near else ops.load("reference")).gather_sequences,
+        images=torch.float32 if near else torch.uint8,
+        device=device,
+        pin=not near,
+    )
