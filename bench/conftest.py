@@ -4,6 +4,10 @@
 they cost inside an update; without one there are only the baselines to time, and only ratios are stored.
 """
 
+# First of all: it says how OpenMP's threads wait, which torch reads when it is loaded.
+import fastdreamer  # noqa: F401
+
+# isort: split
 import json
 import math
 import multiprocessing

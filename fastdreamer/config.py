@@ -172,6 +172,8 @@ class RunConfig:
     """Updates between log lines; metrics are means over them."""
     logdir: str = "runs"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    """Threads of the trainer's own work on a CPU; 0 chooses by size and by what environment workers need."""
     kernels: Literal["auto", "reference", "fused"] = "auto"
     """Implementation of the hot operations."""
     compile: bool = False
@@ -351,6 +353,7 @@ def check(config: Config) -> None:
             raise BadInput(f"{flag} is {value} and must be more than 0, and finite.")
     at_least_zero = {
         "--workers": env.workers,
+        "--threads": config.run.threads,
         "--eval-every": config.run.eval_every,
         "--entropy": config.behavior.entropy,
         "--free-nats": model.free_nats,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from fastdreamer.config import BadInput, load_config
 from fastdreamer.run.evaluation import evaluate, load_agent, video
+from fastdreamer.run.parts import choose_threads
 from fastdreamer.run.pictures import gif
 from fastdreamer.runtime.device import choose_device, prepare_process
 from fastdreamer.runtime.graphs import Runtime
@@ -28,14 +29,19 @@ class Command:
     json: bool = False
     """Print one JSON object with return_mean, return_std and returns."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = 0
+    """Threads on a CPU; 0 chooses as the trainer does."""
 
 
 def run_command(command: Command) -> None:
     """Carries the command out. Raises BadInput."""
     if command.episodes < 1:
         raise BadInput(f"--episodes is {command.episodes} and must be at least 1.")
+    if command.threads < 0:
+        raise BadInput(f"--threads is {command.threads} and must be at least 0.")
     run = Path(command.run)
     config = load_config(run)
+    config = replace(config, run=replace(config.run, threads=command.threads))
     if command.background is not None:
         if not config.task.startswith("dmc/") or config.env.obs == "vector":
             raise BadInput("--background needs frames of a dmc/ task, which this run has not: leave it out.")
@@ -43,7 +49,7 @@ def run_command(command: Command) -> None:
     if command.video and config.env.obs == "vector":
         raise BadInput("--video needs frames and this run was trained with --obs vector: leave it out.")
     device = choose_device(command.device)
-    prepare_process(device)
+    prepare_process(device, threads=choose_threads(config))
     agent = load_agent(run, config, device)
     evaluation = evaluate(agent, config, Runtime(device), episodes=command.episodes)
     assert evaluation is not None

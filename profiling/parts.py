@@ -4,6 +4,10 @@
 that nobody profiles runs none of this. At any moment exactly one part's range is open on a thread, so parts add up.
 """
 
+# First of all: it says how OpenMP's threads wait, which torch reads when it is loaded.
+import fastdreamer  # noqa: F401
+
+# isort: split
 import bisect
 import threading
 from collections.abc import Callable, Iterator

@@ -9,6 +9,10 @@ Rates are measured here, and the parts timed; with --device-rates they are a GPU
 floors are printed in milliseconds for every size.
 """
 
+# First of all: it says how OpenMP's threads wait, which torch reads when it is loaded.
+import fastdreamer  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import statistics

@@ -1,5 +1,9 @@
 """fastdreamer itself, as a run makes its updates: each draws its batch from a replay of random rows."""
 
+# First of all: it says how OpenMP's threads wait, which torch reads when it is loaded.
+import fastdreamer  # noqa: F401
+
+# isort: split
 import io
 from contextlib import ExitStack, redirect_stdout
 

@@ -25,6 +25,9 @@ if __name__ == "__main__":
     # This folder would hide the installed packages that its modules are named after.
     sys.path[0] = str(ROOT)
 
+GIVEN = os.environ.copy()
+"""What a peer's process inherits. OpenMP's threads wait there as its users' do: ours says how its own wait."""
+
 import numpy as np  # noqa: E402
 
 from bench.conftest import clocks, device_name, output_of, provenance  # noqa: E402
@@ -61,7 +64,7 @@ class Worker:
     def __init__(self, name: str, adapter: str, spec: Spec, *, python: str, patience: float):
         self.name, self.patience = name, patience
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115
-        environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        environment = GIVEN | {"PYTHONUNBUFFERED": "1"}
         try:
             self.process = subprocess.Popen(
                 [python, str(Path(__file__).parent / "worker.py"), adapter], env=environment,

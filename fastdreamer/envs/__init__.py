@@ -11,7 +11,7 @@ from fastdreamer.envs.base import BatchEnv, Spaces, Step, nearest
 from fastdreamer.envs.pool import Environments
 from fastdreamer.envs.protocol import Job
 
-__all__ = ["Environments", "Spaces", "Step", "build", "make", "tasks"]
+__all__ = ["Environments", "Spaces", "Step", "build", "make", "tasks", "worker_count"]
 
 FAMILIES = ("dmc", "atari", "envpool", "gym", "synthetic")
 
@@ -40,7 +40,7 @@ def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -
         from fastdreamer.envs import background
 
         videos = background.prepare(folder, option)
-    return Environments(task, config, seed, workers=_workers(task, config), videos=videos)
+    return Environments(task, config, seed, workers=worker_count(task, config), videos=videos)
 
 
 def tasks() -> list[str]:
@@ -84,7 +84,8 @@ def build(job: Job) -> BatchEnv:
     return gym.build(name, config, seed, count, first_index)
 
 
-def _workers(task: str, config: EnvConfig) -> int:
+def worker_count(task: str, config: EnvConfig) -> int:
+    """Processes that share the environments of a task."""
     if config.workers:
         return min(config.workers, config.envs)
     # EnvPool steps its environments in threads, and cheap ones faster than a message takes; but it renders one frame

@@ -7,6 +7,7 @@ frame, played on at frame rate. The key is published as it is: it also takes blu
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Iterator
 from itertools import islice
@@ -23,6 +24,7 @@ MAX_FRAMES = 1000
 """Frames read of each video: a cache takes at most 100 x 1000 x 12,288 bytes = 1.23 GB, shared by all workers."""
 
 _SUFFIXES = {".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv"}
+_THREADS = 4  # that decode a video, before anything else runs
 _LAYOUT = 1  # part of the cache's name: raise it when what the cache holds changes
 
 
@@ -94,6 +96,7 @@ def _decode(path: Path) -> Iterator[np.ndarray]:
     with av.open(str(path)) as container:
         if not container.streams.video:
             raise ValueError("no video stream")
+        container.streams.video[0].codec_context.thread_count = min(_THREADS, len(os.sched_getaffinity(0)))
         for frame in container.decode(video=0):
             small = frame.reformat(width=IMAGE_SIZE, height=IMAGE_SIZE, format="rgb24", interpolation="AREA")
             yield small.to_ndarray().transpose(2, 0, 1)

@@ -57,7 +57,8 @@ class _Group:
         self.begun = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `discard`)
         self._pipe, theirs = multiprocessing.Pipe()
-        threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS")}
+        # Of NumPy's libraries, and of what a user's environment may compute with.
+        threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "BLIS", "NUMEXPR")}
         with theirs:
             arguments = (theirs.fileno(), self._memory, os.getpid())
             self._process = subprocess.Popen(

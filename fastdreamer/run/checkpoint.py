@@ -10,7 +10,7 @@ import shutil
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -50,6 +50,78 @@ def _threads() -> int:
     return min(8, len(os.sched_getaffinity(0)))
 
 
+class _Chunks:
+    """Files of a replay's older rows in `folder`, which several checkpoints may share: they are never changed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Those that hold rows of this very run: those of a checkpoint it did not go on from may hold other rows.
+        self.known: list[dict[str, int]] = []
+
+    def stop(self, replay: Replay) -> int:
+        """Number of the first row of `replay` that no file holds."""
+        stored = self._stored(replay)
+        return _stop(stored[-1]) if stored else replay.oldest
+
+    def prune(self, named: Iterable[Mapping[str, int]]) -> None:
+        """Deletes the files that are not among those."""
+        names = {_chunk_name(chunk) for chunk in named}
+        for path in self.folder.glob("*.npz"):
+            if path.name not in names:
+                path.unlink()
+
+    def _stored(self, replay: Replay) -> list[dict[str, int]]:
+        """The files that already hold rows of `replay`, oldest first and without a gap."""
+        chunks = [chunk for chunk in self.known if _stop(chunk) > replay.oldest]
+        whole = all(_size(self.folder / _chunk_name(chunk)) == chunk["bytes"] for chunk in chunks)
+        return chunks if whole else []
+
+    def write(self, replay: Replay) -> None:
+        """Writes the rows that are new, all but the newest, which do not fill a file."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.known = self._stored(replay)
+        each = max(1, CHUNK_BYTES // _row_bytes(replay))
+        starts = range(self.stop(replay), replay.added - each + 1, each)
+        threads = _threads()
+        # Frames of natural video deflate at some 30 MB/s a thread, and the run waits. Rows are read in this thread,
+        # whose CUDA stream wrote them, and only a few chunks of them at a time.
+        with ThreadPoolExecutor(threads) as pool:
+            for i in range(0, len(starts), threads):
+                parts = [(start, replay.rows(start, start + each)) for start in starts[i : i + threads]]
+                self.known = [*self.known, *pool.map(self._write_one, *zip(*parts, strict=True))]
+        _sync(self.folder)
+
+    def _write_one(self, first: int, rows: Mapping[str, np.ndarray]) -> dict[str, int]:
+        scratch = self.folder / f"{_SCRATCH}{first}"
+        written = _write(scratch, lambda file: _save_rows(rows, file))
+        chunk = {"first": first, "rows": len(rows["reward"]), **written}
+        os.replace(scratch, self.folder / _chunk_name(chunk))
+        return chunk
+
+    def load(self, tail: Path, manifest: dict[str, Any], replay: Replay) -> None:
+        """Fills `replay` with the rows of a checkpoint, the newest of which are in the file `tail`. Raises _Damaged."""
+        added = manifest["replay"]["added"]
+        oldest = position = max(0, added - replay.slots)
+        parts = [(self.folder / _chunk_name(chunk), chunk) for chunk in manifest["replay"]["chunks"]]
+        for file, entry in [*parts, (tail, manifest["files"]["tail.npz"])]:
+            rows = _read_rows(file, entry)
+            first = entry.get("first", position)
+            begin = max(0, oldest - first)  # the ring dropped these after the file was written
+            rows = {name: array[begin:] for name, array in rows.items()}
+            for name, field in replay.fields.items():
+                array = rows.get(name)
+                if array is None or array.shape != (len(rows["reward"]), *field.shape[1:]):
+                    raise _Damaged(file, f"no {name} of the shape that its manifest states")
+            if first + begin != position:
+                raise _Damaged(file, f"it begins with row {first + begin} instead of {position}")
+            replay.load_rows(position, rows)
+            position += len(rows["reward"])
+        if position != added:
+            raise _Damaged(tail, f"it ends with row {position} instead of {added}")
+        replay.restore(added)
+        self.known = manifest["replay"]["chunks"]
+
+
 class Checkpoints:
     """The checkpoints of the run in folder `run`, of which the newest `keep` stay.
 
@@ -65,9 +137,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int = 2) -> None:
-        self.folder, self.chunk_folder, self.keep = run / "checkpoints", run / "replay", keep
-        # Files that hold rows of this very run: those of a checkpoint it did not go on from may hold other rows.
-        self._chunks: list[dict[str, int]] = []
+        self.folder, self.keep, self._chunks = run / "checkpoints", keep, _Chunks(run / "replay")
         self._damaged: set[Path] = set()
 
     def save(self, step: int, state: Mapping[str, Any], replay: Replay | None) -> Path:
@@ -80,9 +150,7 @@ class Checkpoints:
         encoded = _encode(state, "state")
         need = sum(value.nbytes for value in _arrays(state).values())
         if replay is not None:
-            stored = self._stored(replay)
-            row_bytes = sum(field[0].nbytes for field in replay.fields.values())
-            need += (replay.added - (_stop(stored[-1]) if stored else replay.oldest)) * row_bytes
+            need += (replay.added - self._chunks.stop(replay)) * _row_bytes(replay)
         try:
             return self._save(step, encoded, shapes(state), replay)
         except OSError as error:
@@ -100,8 +168,7 @@ class Checkpoints:
 
     def _save(self, step: int, encoded: Any, found: Mapping[str, tuple], replay: Replay | None) -> Path:
         self._clean()
-        for folder in (self.folder, self.chunk_folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         scratch = self.folder / f"{_SCRATCH}{step:012d}"
         scratch.mkdir()
         manifest: dict[str, Any] = {
@@ -113,10 +180,10 @@ class Checkpoints:
             "replay": None,
         }
         if replay is not None:
-            self._write_chunks(replay)
-            rows = replay.rows(_stop(self._chunks[-1]) if self._chunks else replay.oldest, replay.added)
+            self._chunks.write(replay)
+            rows = replay.rows(self._chunks.stop(replay), replay.added)
             manifest["files"]["tail.npz"] = _write(scratch / "tail.npz", lambda file: _save_rows(rows, file))
-            manifest["replay"] = {"added": replay.added, "chunks": self._chunks, "fields": _fields(replay)}
+            manifest["replay"] = {"added": replay.added, "chunks": self._chunks.known, "fields": _fields(replay)}
         manifest["crc32"] = _manifest_crc(manifest)
         _write(scratch / "manifest.json", lambda file: file.write(json.dumps(manifest, indent=1).encode()))
         _sync(scratch)
@@ -128,33 +195,6 @@ class Checkpoints:
         self._prune()
         return path
 
-    def _stored(self, replay: Replay) -> list[dict[str, int]]:
-        """The files that already hold rows of `replay`, oldest first and without a gap."""
-        chunks = [chunk for chunk in self._chunks if _stop(chunk) > replay.oldest]
-        whole = all(_size(self.chunk_folder / _chunk_name(chunk)) == chunk["bytes"] for chunk in chunks)
-        return chunks if whole else []
-
-    def _write_chunks(self, replay: Replay) -> None:
-        self._chunks = self._stored(replay)
-        each = max(1, CHUNK_BYTES // sum(field[0].nbytes for field in replay.fields.values()))
-        first = _stop(self._chunks[-1]) if self._chunks else replay.oldest
-        starts = range(first, replay.added - each + 1, each)
-        threads = _threads()
-        # Frames of natural video deflate at some 30 MB/s a thread, and the run waits. Rows are read in this thread,
-        # whose CUDA stream wrote them, and only a few chunks of them at a time.
-        with ThreadPoolExecutor(threads) as pool:
-            for i in range(0, len(starts), threads):
-                parts = [(start, replay.rows(start, start + each)) for start in starts[i : i + threads]]
-                self._chunks = [*self._chunks, *pool.map(self._write_chunk, *zip(*parts, strict=True))]
-        _sync(self.chunk_folder)
-
-    def _write_chunk(self, first: int, rows: Mapping[str, np.ndarray]) -> dict[str, int]:
-        scratch = self.chunk_folder / f"{_SCRATCH}{first}"
-        written = _write(scratch, lambda file: _save_rows(rows, file))
-        chunk = {"first": first, "rows": len(rows["reward"]), **written}
-        os.replace(scratch, self.chunk_folder / _chunk_name(chunk))
-        return chunk
-
     def _prune(self) -> None:
         """Deletes the checkpoints beyond `keep`, damaged ones first, and the files of rows that none of them names."""
         kept = [path for _, path in self._readable() if path not in self._damaged][-self.keep :]
@@ -165,15 +205,12 @@ class Checkpoints:
                 os.replace(path, scratch)
                 shutil.rmtree(scratch)
         manifests = [_read_manifest(path) for path in kept]
-        named = {_chunk_name(chunk) for m in manifests if m["replay"] is not None for chunk in m["replay"]["chunks"]}
-        for path in self.chunk_folder.glob("*.npz"):
-            if path.name not in named:
-                path.unlink()
+        self._chunks.prune(chunk for m in manifests if m["replay"] is not None for chunk in m["replay"]["chunks"])
         self._damaged.clear()
 
     def _clean(self) -> None:
         """Deletes what an interrupted save left behind."""
-        for path in [*self.folder.glob(f"{_SCRATCH}*"), *self.chunk_folder.glob(f"{_SCRATCH}*")]:
+        for path in [*self.folder.glob(f"{_SCRATCH}*"), *self._chunks.folder.glob(f"{_SCRATCH}*")]:
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -249,31 +286,8 @@ class Checkpoints:
         except (OSError, RuntimeError, ValueError, KeyError, EOFError) as error:
             raise _Damaged(file, type(error).__name__) from error
         if replay is not None:
-            self._load_replay(path, manifest, replay)
-            self._chunks = manifest["replay"]["chunks"]
+            self._chunks.load(path / "tail.npz", manifest, replay)
         return state
-
-    def _load_replay(self, path: Path, manifest: dict[str, Any], replay: Replay) -> None:
-        added = manifest["replay"]["added"]
-        oldest = position = max(0, added - replay.slots)
-        parts = [(self.chunk_folder / _chunk_name(chunk), chunk) for chunk in manifest["replay"]["chunks"]]
-        tail = path / "tail.npz"
-        for file, entry in [*parts, (tail, manifest["files"]["tail.npz"])]:
-            rows = _read_rows(file, entry)
-            first = entry.get("first", position)
-            begin = max(0, oldest - first)  # the ring dropped these after the file was written
-            rows = {name: array[begin:] for name, array in rows.items()}
-            for name, field in replay.fields.items():
-                array = rows.get(name)
-                if array is None or array.shape != (len(rows["reward"]), *field.shape[1:]):
-                    raise _Damaged(file, f"no {name} of the shape that its manifest states")
-            if first + begin != position:
-                raise _Damaged(file, f"it begins with row {first + begin} instead of {position}")
-            replay.load_rows(position, rows)
-            position += len(rows["reward"])
-        if position != added:
-            raise _Damaged(tail, f"it ends with row {position} instead of {added}")
-        replay.restore(added)
 
 
 def shapes(state: Any) -> dict[str, tuple]:
@@ -408,6 +422,10 @@ def _manifest_crc(manifest: Mapping[str, Any]) -> int:
 
 def _fields(replay: Replay) -> dict[str, list[int]]:
     return {name: list(field.shape) for name, field in replay.fields.items()}
+
+
+def _row_bytes(replay: Replay) -> int:
+    return sum(field[0].nbytes for field in replay.fields.values())
 
 
 def _chunk_name(chunk: Mapping[str, int]) -> str:

@@ -17,7 +17,7 @@ from fastdreamer.envs.base import Spaces
 from fastdreamer.replay import Replay, available_memory, describe
 from fastdreamer.run.evaluation import make_acting
 from fastdreamer.runtime.acting import Acting
-from fastdreamer.runtime.device import choose_device, fast_bf16, generator, prepare_process
+from fastdreamer.runtime.device import CORES, choose_device, fast_bf16, generator, prepare_process
 from fastdreamer.runtime.graphs import Runtime
 from fastdreamer.runtime.learner import Batches, Learner
 
@@ -27,10 +27,24 @@ INIT_STREAM, LEARN_STREAM, ACT_STREAM, REPLAY_STREAM, PREFILL_STREAM = range(5)
 """A run's independent streams of randomness."""
 
 
+def choose_threads(config: Config) -> int:
+    """Threads of this process on the CPU: `--threads`, or by itself one at size tiny, whose operations are too small
+    to be shared out, and else all cores but one for each environment worker, of which a quarter at the most is left.
+
+    More environment workers than that wait for updates most of the time.
+    """
+    if config.run.threads:
+        return config.run.threads
+    left = min(envs.worker_count(config.task, config.env), CORES // 4)
+    return 1 if config.size == "tiny" else max(1, CORES - left)
+
+
 def make_runtime(config: Config, device: torch.device) -> Runtime:
     """How this run's work is done on its device, as its options say. Raises BadInput for what the device cannot do."""
     run = config.run
-    prepare_process(device, keep_memory=run.compile)
+    threads = choose_threads(config)
+    say(f"threads: {threads} of {CORES}{'' if run.threads else ', for size and workers; --threads takes another'}")
+    prepare_process(device, threads=threads, keep_memory=run.compile)
     precision = run.precision
     if precision == "auto":
         # A tiny network's time goes into starting operations, not into products.

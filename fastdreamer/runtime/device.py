@@ -1,6 +1,7 @@
 """The device: which one, what it is good at, settings of the process, generators of randomness, memory in use."""
 
 import ctypes
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,18 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def prepare_process(device: torch.device, *, keep_memory: bool = False) -> None:
+CORES = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
+"""What PyTorch would take by itself: physical cores, or OMP_NUM_THREADS; and no more than this process may use."""
+
+
+def prepare_process(device: torch.device, *, threads: int, keep_memory: bool = False) -> None:
     """Settings of the whole process: TF32 for fp32 products on a GPU; subnormals count as zero on a CPU.
 
     Adam's moments of idle parameters decay into subnormals, which slow a CPU's arithmetic down manyfold.
-    `keep_memory`: on a CPU, memory that was freed stays with the process, which then never shrinks.
+    `threads`: of operations on the CPU. `keep_memory`: on a CPU, memory that was freed stays with the process, which
+    then never shrinks.
     """
+    torch.set_num_threads(threads)
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     elif keep_memory:
