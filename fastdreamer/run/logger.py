@@ -40,24 +40,18 @@ class Logger:
         nothing is recorded twice. None starts anew.
         """
         self.run = run
-        self._total = total_frames
-        self._frames, self._updates = resume_at_frames or 0, 0
-        self._recent: deque[float] = deque(maxlen=RECENT_EPISODES)
-        self._best = self._best_evaluation = -math.inf
-        self._evaluation: float | None = None
+        self._progress = _Progress(total_frames, resume_at_frames or 0)
         self._failed = False
         seconds = 0.0
         try:
             if resume_at_frames is not None:
                 for row in rewind(run, resume_at_frames):
                     seconds = row.get("seconds", seconds)
-                    self._updates = int(row.get("updates", self._updates))
-                    self._remember(row)
+                    self._progress.remember(row)
             self._metrics = open(run / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by close()
         except OSError as error:
             raise self._unwritable(error) from None
         self._start = time.monotonic() - seconds
-        self._samples: deque[tuple[float, int, int]] = deque(maxlen=SAMPLES)
         self._redraw_at = 0.0
         live = sys.stdout.isatty() if live is None else live
         self._display: _Display = _PlainDisplay()
@@ -83,11 +77,11 @@ class Logger:
         numbers = {tag: float(value) for tag, value in values.items()}
         if updates is not None:
             row["updates"] = updates
-            if (speeds := self._speeds()) is not None:
+            if (speeds := self._progress.speeds()) is not None:
                 numbers["speed/frames"], numbers["speed/updates"] = speeds
         row["seconds"] = round(time.monotonic() - self._start, 3)
         self._write({**row, **numbers})
-        self._remember(numbers)
+        self._progress.remember(numbers)
         if self._board is not None:
             self._guard(self._board.scalars, frames, numbers)
 
@@ -103,12 +97,10 @@ class Logger:
     def progress(self, frames: int, updates: int) -> None:
         """Tells how far the run is; redraws the display when it is time."""
         now = time.monotonic()
-        self._frames, self._updates = frames, updates
-        if not self._samples or now - self._samples[-1][0] >= SAMPLE_INTERVAL:
-            self._samples.append((now, frames, updates))
+        self._progress.move(now, frames, updates)
         if now >= self._redraw_at:
             self._redraw_at = now + self._display.interval
-            self._display.draw(self._state())
+            self._display.draw(self._progress.state())
 
     def message(self, text: str) -> None:
         """Prints a line, above the display where there is one."""
@@ -118,7 +110,7 @@ class Logger:
         """Shows where the run ended and closes the files. Calling it again does nothing."""
         if self._metrics.closed:
             return
-        self._display.draw(self._state())
+        self._display.draw(self._progress.state())
         self._display.close()
         try:
             if self._board is not None:
@@ -146,7 +138,25 @@ class Logger:
             f"then go on with --resume {self.run}."
         )
 
-    def _remember(self, values: Mapping[str, float]) -> None:
+
+class _Progress:
+    """How far a run is, how fast it goes and what it has achieved, as a display shows it."""
+
+    def __init__(self, total_frames: int, frames: int) -> None:
+        self._total, self._frames, self._updates = total_frames, frames, 0
+        self._samples: deque[tuple[float, int, int]] = deque(maxlen=SAMPLES)
+        self._recent: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self._best = self._best_evaluation = -math.inf
+        self._evaluation: float | None = None
+
+    def move(self, now: float, frames: int, updates: int) -> None:
+        self._frames, self._updates = frames, updates
+        if not self._samples or now - self._samples[-1][0] >= SAMPLE_INTERVAL:
+            self._samples.append((now, frames, updates))
+
+    def remember(self, values: Mapping[str, float]) -> None:
+        """Takes up what was recorded: updates made before, returns, evaluations."""
+        self._updates = int(values.get("updates", self._updates))
         if "episode/return" in values:
             self._recent.append(values["episode/return"])
             self._best = max(self._best, self._recent[-1])
@@ -154,15 +164,15 @@ class Logger:
             self._evaluation = values["eval/return_mean"]
             self._best_evaluation = max(self._best_evaluation, self._evaluation)
 
-    def _speeds(self) -> tuple[float, float] | None:
+    def speeds(self) -> tuple[float, float] | None:
         """Frames and updates a second over the samples kept: at most SAMPLES * SAMPLE_INTERVAL seconds of progress."""
         if len(self._samples) < 2:
             return None
         (t0, frames0, updates0), (t1, frames1, updates1) = self._samples[0], self._samples[-1]
         return (frames1 - frames0) / (t1 - t0), (updates1 - updates0) / (t1 - t0)
 
-    def _state(self) -> "_State":
-        speeds = self._speeds()
+    def state(self) -> "_State":
+        speeds = self.speeds()
         left = max(self._total - self._frames, 0)
         return _State(
             done=min(self._frames / self._total, 1.0),
