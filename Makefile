@@ -1,4 +1,4 @@
-# make setup | train | test | lint | bench | bench-gpu | bench-check. ARGS goes on to the trainer or to pytest; PYTHON=...
+# make setup | train | test | test-all | lint | bench | bench-gpu | bench-check. ARGS goes on to the trainer or to pytest; PYTHON=...
 # names the interpreter to use.
 
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13)
@@ -10,14 +10,19 @@ BENCHES := $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard bench/test_*.py)))
 # torch, triton, numpy, pytest and pytest-benchmark are enough for it; nothing of ours has to be installed.
 GPU_PYTHON := $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
 
-.PHONY: setup train test lint bench bench-gpu bench-check
+.PHONY: setup train test test-all lint bench bench-gpu bench-check
 setup: $(STAMP)
 
 train: setup
 	$(BIN)/python -m fastdreamer.train --compile $(ARGS)
 
+# On all cores: at most six minutes of processor time together.
 test: setup
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu and not thorough" $(ARGS)
+
+# The interpreter's long cases, ahead-of-time compilation of every preset, many kills, and all of `make test`.
+test-all: setup
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench -m "not long" $(ARGS)

@@ -10,7 +10,7 @@ import pytest
 from conftest import CUDA, DEVICE, UNCAPTURED, Call, Measure, Runs, update
 
 from fastdreamer.envs.base import Step
-from fastdreamer.run.evaluation import make_acting
+from fastdreamer.run.parts import make_acting
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import Way, configure, ways
 from fastdreamer.runtime.device import generator

@@ -11,7 +11,7 @@ import torch
 
 from bench.peers.protocol import Spec
 from fastdreamer.envs.base import Step
-from fastdreamer.run.evaluation import make_acting
+from fastdreamer.run.parts import make_acting
 from fastdreamer.run.workload import configure, ready, ways
 from fastdreamer.runtime.device import choose_device, generator
 

@@ -13,7 +13,10 @@ from fastdreamer.algorithm.agent import Agent
 from fastdreamer.config import Config
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.run.checkpoint import Checkpoints, check_shapes, shapes
-from fastdreamer.runtime.acting import Acting
+from fastdreamer.run.logger import Logger
+from fastdreamer.run.parts import make_acting
+from fastdreamer.run.pictures import dream_gif, learning_curve
+from fastdreamer.run.records import read_run
 from fastdreamer.runtime.device import generator
 from fastdreamer.runtime.graphs import Runtime
 
@@ -39,17 +42,6 @@ class Evaluation:
     def std(self) -> float:
         """Standard deviation over the episodes, as of a population: one episode has 0."""
         return float(np.std(self.returns))
-
-
-def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generator) -> Acting:
-    """The agent's decisions in `count` environments, drawn from `noise`, from their first rows on."""
-    return Acting(
-        runtime,
-        agent,
-        lambda agent, rows, carry: agent.act(rows, carry, agent.draw_act_noise(count, noise)),
-        agent.initial_carry(count, runtime.device),
-        [noise],
-    )
 
 
 def evaluate(
@@ -96,6 +88,25 @@ def evaluate(
 
 def _row(step: Step, i: int) -> dict[str, np.ndarray]:
     return {name: array[i].copy() for name, array in vars(step).items() if array is not None}
+
+
+def record(
+    evaluation: Evaluation, agent: Agent, device: torch.device, log: Logger, folder: Path, frames: int
+) -> list[Path]:
+    """Records an evaluation made after so many `frames`, redraws the pictures of the run in `folder`: their paths."""
+    log.scalars(frames, {"eval/return_mean": evaluation.mean, "eval/return_std": evaluation.std})
+    shown = video(evaluation)
+    if shown is not None:
+        log.video("eval/episode", frames, shown)
+    pictures = [learning_curve(read_run(folder))]
+    dreamt = dream(agent, evaluation, device)
+    if dreamt is not None:
+        true, imagined, context = dreamt
+        pictures.append(dream_gif(true, imagined, folder / "dream.gif", context=context))
+        log.video("eval/dream", frames, np.concatenate([true[0], imagined[0]], 2))
+    count = len(evaluation.returns)
+    log.message(f"evaluation: return {evaluation.mean:.2f} ± {evaluation.std:.2f} over {count} episodes")
+    return pictures
 
 
 def video(evaluation: Evaluation) -> np.ndarray | None:

@@ -15,7 +15,6 @@ from fastdreamer.algorithm.agent import Agent, Optimizers
 from fastdreamer.config import BadInput, Config
 from fastdreamer.envs.base import Spaces
 from fastdreamer.replay import Replay, available_memory, describe
-from fastdreamer.run.evaluation import make_acting
 from fastdreamer.runtime.acting import Acting
 from fastdreamer.runtime.device import CORES, choose_device, fast_bf16, generator, prepare_process
 from fastdreamer.runtime.graphs import Runtime
@@ -100,6 +99,17 @@ def state_bytes(agent: nn.Module) -> int:
     tensors = [*agent.parameters(), *agent.buffers()]
     trainable = [p for p in agent.parameters() if p.requires_grad]
     return sum(t.numel() * t.element_size() for t in tensors) + 4 * sum(p.numel() * 4 for p in trainable)
+
+
+def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generator) -> Acting:
+    """The agent's decisions in `count` environments, drawn from `noise`, from their first rows on."""
+    return Acting(
+        runtime,
+        agent,
+        lambda agent, rows, carry: agent.act(rows, carry, agent.draw_act_noise(count, noise)),
+        agent.initial_carry(count, runtime.device),
+        [noise],
+    )
 
 
 @dataclass(frozen=True)

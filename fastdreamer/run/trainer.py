@@ -21,10 +21,8 @@ from fastdreamer.algorithm.rssm import State
 from fastdreamer.envs.base import Step
 from fastdreamer.run import logger
 from fastdreamer.run.checkpoint import Checkpoints, shapes
-from fastdreamer.run.evaluation import dream, evaluate, video
+from fastdreamer.run.evaluation import evaluate, record
 from fastdreamer.run.parts import Parts
-from fastdreamer.run.pictures import dream_gif, learning_curve
-from fastdreamer.run.records import read_run
 from fastdreamer.runtime.learner import NonFinite
 
 
@@ -145,19 +143,7 @@ class Trainer:
         )
         if result is None:
             return
-        self.log.scalars(self.frames, {"eval/return_mean": result.mean, "eval/return_std": result.std})
-        frames = video(result)
-        if frames is not None:
-            self.log.video("eval/episode", self.frames, frames)
-        pictures = [learning_curve(read_run(self.run_folder))]
-        dreamt = dream(self.agent, result, self.parts.device)
-        if dreamt is not None:
-            true, imagined, context = dreamt
-            pictures.append(self.run_folder / "dream.gif")
-            dream_gif(true, imagined, pictures[-1], context=context)
-            side_by_side = np.concatenate([true[0], imagined[0]], 2)
-            self.log.video("eval/dream", self.frames, side_by_side)
-        self.log.message(f"evaluation: return {result.mean:.2f} ± {result.std:.2f} over {len(result.returns)} episodes")
+        pictures = record(result, self.agent, self.parts.device, self.log, self.run_folder, self.frames)
         if final:
             self.log.message("pictures: " + ", ".join(str(path) for path in pictures))
 
