@@ -25,7 +25,7 @@ test-all: setup
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not gpu" $(ARGS)
 
 bench: setup
-	$(BIN)/python -m pytest bench -m "not long" $(ARGS)
+	$(BIN)/python -m pytest $(if $(findstring bench/,$(ARGS)),,bench) -m "not long" $(ARGS)
 
 # Ten minutes at most. Results are stored as they come, so what was measured by then stays.
 bench-gpu:

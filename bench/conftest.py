@@ -320,11 +320,12 @@ class Here:
 class Elsewhere:
     """A run in a process of its own, as a user's is: what another has left in the allocator would slow it down."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, environment: Mapping[str, str]):
         spawn = multiprocessing.get_context("spawn")
         self._pipe, theirs = spawn.Pipe()
         self._process = spawn.Process(target=serve, args=(theirs, config))
-        self._process.start()
+        with mock.patch.dict(os.environ, environment):
+            self._process.start()
         theirs.close()
         self._numbers: dict[Part, dict[str, float]] = {}
 
@@ -373,28 +374,36 @@ class Runs:
     """On a CPU a baseline is called between the rounds of another run, also when that one's predecessor goes."""
 
     def __init__(self) -> None:
-        self._runs: dict[tuple[Config, bool], Here | Elsewhere] = {}
+        self._runs: dict[tuple[Config, bool, tuple[tuple[str, str], ...]], Here | Elsewhere] = {}
         self._numbers: dict[tuple[Config, Part], dict[str, float]] = {}
 
-    def call(self, config: Config, part: Part, *, capture: bool = True) -> Call:
-        """What does `part` of a run of this configuration once. Fails where it does not do what plain PyTorch does."""
+    def call(
+        self, config: Config, part: Part, *, capture: bool = True, environment: Mapping[str, str] | None = None
+    ) -> Call:
+        """What does `part` of a run of this configuration once. Fails where it does not do what plain PyTorch does.
+
+        `environment`: variables of a process on a CPU.
+        """
         plain = replace(config, run=replace(config.run, kernels="reference", compile=False, precision="fp32"))
         if (plain, part) not in self._numbers:
-            self._numbers[plain, part] = self._run(plain, True).prepare(part)
-        agree(self._run(config, capture).prepare(part), self._numbers[plain, part])
-        return lambda: self._run(config, capture).call(part)
+            self._numbers[plain, part] = self._run(plain).prepare(part)
+        agree(self._run(config, capture, environment).prepare(part), self._numbers[plain, part])
+        return lambda: self._run(config, capture, environment).call(part)
 
     def close(self) -> None:
         while self._runs:
             self._runs.popitem()[1].close()
 
-    def _run(self, config: Config, capture: bool) -> Here | Elsewhere:
-        run = self._runs.pop((config, capture), None)
+    def _run(
+        self, config: Config, capture: bool = True, environment: Mapping[str, str] | None = None
+    ) -> Here | Elsewhere:
+        key = (config, capture, tuple((environment or {}).items()))
+        run = self._runs.pop(key, None)
         if run is None:
             while len(self._runs) >= self.KEPT:
                 self._runs.pop(next(iter(self._runs))).close()
-            run = Here(config, capture) if CUDA else Elsewhere(config)
-        self._runs[config, capture] = run
+            run = Here(config, capture) if CUDA else Elsewhere(config, environment or {})
+        self._runs[key] = run
         return run
 
 

@@ -1,11 +1,16 @@
 """The whole loop: a row of every environment, the decisions and the updates that it makes due, beside the updates
-alone; and what the loop spends its time on.
+alone; what the loop spends its time on; and what becomes of it beside busy cores.
 
 The watching is done from here: a trainer that nobody times has no clocks in it.
 """
 
+import os
+import signal
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +22,7 @@ from fastdreamer.config import BadInput, Config
 from fastdreamer.envs import make
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import configure, ways
+from fastdreamer.runtime.device import CORES
 
 WAY = ways(DEVICE)[-1 if CUDA else 0]
 ENVS = 16 if CUDA else 4
@@ -24,6 +30,7 @@ ENVS = 16 if CUDA else 4
 TURNS = 10 if CUDA else 1
 """Turns of the loop that are timed together: between them a GPU is not waited for."""
 SHARES = ("waiting for environments", "acting", "storing", "updating")
+ALONE, BESIDE, SPINNING = "alone", f"beside {CORES} busy loops", f"{CORES} threads that spin"
 FAMILIES = {"synthetic": "synthetic/continuous", "walker_walk": "dmc/walker_walk"}
 
 
@@ -135,22 +142,81 @@ def whole_loop(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     return call, {}
 
 
-@pytest.mark.parametrize("implementation", ["updates alone", "whole loop"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loop(family: str, implementation: str, measure: Measure, runs: Runs, request: pytest.FixtureRequest) -> None:
-    size, task = str(request.config.getoption("--size")), FAMILIES[family]
-    config = replace(configure(WAY, size=size, envs=ENVS, replay_capacity=4_000), task=task)
+def of_family(family: str, size: str) -> Config:
+    """A run of such environments; the test is skipped where they cannot be made."""
+    config = replace(configure(WAY, size=size, envs=ENVS, replay_capacity=4_000), task=FAMILIES[family])
     if family != "synthetic":
         config = replace(config, env=replace(config.env, action_repeat=2))
         try:
-            make(task, replace(config.env, envs=1), 0).close()
+            make(config.task, replace(config.env, envs=1), 0).close()
         except BadInput as error:
             pytest.skip(str(error))
+    return config
+
+
+@pytest.mark.parametrize("implementation", ["updates alone", "whole loop"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loop(family: str, implementation: str, measure: Measure, runs: Runs, request: pytest.FixtureRequest) -> None:
+    size = str(request.config.getoption("--size"))
+    config = of_family(family, size)
     call = runs.call(config, updates_alone if implementation == "updates alone" else whole_loop)
     last: dict[str, Any] = {}
     measure(
         [lambda: last.update(call() or {})], rounds=10 if CUDA else 3, capture=False, warm=1, per=TURNS,
         frames=config.env.envs * config.env.action_repeat, after=lambda: last,
-        group=f"a turn of the loop, {task}, size {size}",
+        group=f"a turn of the loop, {config.task}, size {size}",
         baseline="updates alone", implementation=implementation,
     )  # fmt: skip
+
+
+@contextmanager
+def busy_cores() -> Iterator[Any]:
+    """As many loops as there are cores: gives what lets them run for as long as a context lasts."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(CORES)]
+
+    def send(number: signal.Signals) -> None:
+        for loop in loops:
+            os.kill(loop.pid, number)
+
+    @contextmanager
+    def running() -> Iterator[None]:
+        send(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            send(signal.SIGSTOP)
+
+    try:
+        send(signal.SIGSTOP)
+        yield running
+    finally:
+        send(signal.SIGKILL)
+        for loop in loops:
+            loop.wait()
+
+
+def turns(trainer: Trainer) -> tuple[Call, dict[str, float]]:
+    """One turn of the loop."""
+    ready(trainer)
+    return trainer.iterate, {}
+
+
+@pytest.mark.skipif(CUDA, reason="updates run on the GPU here")
+@pytest.mark.parametrize("way", [ALONE, BESIDE, pytest.param(f"{BESIDE}, {SPINNING}", marks=pytest.mark.long)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beside_busy_cores(family: str, way: str, measure: Measure, runs: Runs) -> None:
+    """A fair share of the cores is half of them. At size tiny, with the threads that the trainer chooses."""
+    spinning = SPINNING in way
+    config = of_family(family, "tiny")
+    config = replace(config, run=replace(config.run, threads=CORES if spinning else 0))
+    call = runs.call(config, turns, environment={"OMP_WAIT_POLICY": "active"} if spinning else None)
+    with busy_cores() as running:
+
+        def beside() -> None:
+            with running():
+                call()
+
+        measure(
+            [call if way == ALONE else beside], rounds=2 if spinning else 10, capture=False, warm=0 if spinning else 1,
+            group=f"a turn of the loop beside others, {config.task}, size tiny", baseline=ALONE, implementation=way,
+        )  # fmt: skip
