@@ -1,8 +1,6 @@
 """DeepMind Control: EnvPool's traps, agreement of the two backends, rendering without a screen."""
 
 import os
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -18,15 +16,11 @@ from fastdreamer.envs.base import Step
 VECTOR = EnvConfig(obs="vector")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-
-def fresh(function: Callable, *args: Any) -> Any:
-    """`function(*args)` in a process of its own: the two backends' OpenGL must not meet in one."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+@pytest.fixture
+def no_mujoco_gl(monkeypatch):
+    """The user named no OpenGL, and what is chosen for dm_control is undone after the test."""
+    monkeypatch.setenv("MUJOCO_GL", "")
+    monkeypatch.delenv("MUJOCO_GL")
 
 
 def make(name: str, config: EnvConfig, seed: int = 0, count: int = 1, first_index: int = 0) -> Any:
@@ -69,10 +63,11 @@ def test_every_task_of_envpool_has_a_name():
     assert {"walker_walk", "ball_in_cup_catch", "humanoid_CMU_run", "lqr_lqr_2_1"} <= set(names)
 
 
+@pytest.mark.usefixtures("no_mujoco_gl")
 @pytest.mark.parametrize("backend", ["envpool", "dm_control"])
 def test_an_unknown_task_is_refused_with_the_nearest(backend):
     with pytest.raises(BadInput, match=r"dmc/wolker_walk .*dmc/walker_walk"):
-        fresh(make, "wolker_walk", EnvConfig(obs="vector", backend=backend))
+        make("wolker_walk", EnvConfig(obs="vector", backend=backend))
 
 
 def test_action_repeat_steps_as_often_and_sums_every_reward():
@@ -122,15 +117,14 @@ def test_envpools_stale_reward_is_still_there_to_be_zeroed():
 
 
 def test_environment_i_follows_from_seed_and_i_however_the_run_is_sliced():
-    actions = random_actions(20, 3, 6)
-    for seed in (0, 2**31 - 2):
-        whole = rollout(make("walker_walk", VECTOR, seed, 3), actions)
-        parts = [rollout(make("walker_walk", VECTOR, seed, 1, i), actions[:, i : i + 1]) for i in range(3)]
-        np.testing.assert_array_equal(vectors(whole), np.concatenate([vectors(part) for part in parts], axis=1))
-        for t, row in enumerate(whole):
-            np.testing.assert_array_equal(row.reward, np.concatenate([part[t].reward for part in parts]))
-    starts = {vectors(rollout(make("walker_walk", VECTOR, seed, 3), actions[:0])).tobytes() for seed in (1, 42, 99)}
-    assert len(starts) == 3
+    actions, seed = random_actions(20, 3, 6), 2**31 - 2  # of the three the last one's wraps
+    whole = rollout(make("walker_walk", VECTOR, seed, 3), actions)
+    parts = [rollout(make("walker_walk", VECTOR, seed, 1, i), actions[:, i : i + 1]) for i in range(3)]
+    np.testing.assert_array_equal(vectors(whole), np.concatenate([vectors(part) for part in parts], axis=1))
+    for t, row in enumerate(whole):
+        np.testing.assert_array_equal(row.reward, np.concatenate([part[t].reward for part in parts]))
+    starts = {vectors(rollout(make("walker_walk", VECTOR, seed), actions[:0, :1])).tobytes() for seed in (1, 42)}
+    assert len(starts | {start.tobytes() for start in vectors(whole)[0]}) == 5
 
 
 def test_skipping_gives_the_rows_that_stepping_gives():
@@ -215,33 +209,25 @@ def test_a_decision_is_rendered_once_and_a_skipped_one_never():
     assert pool.rendered == 1
 
 
-# The two backends.
-
-DOMAINS = ("finger_spin", "fish_swim", "fish_upright", "humanoid_run", "humanoid_run_pure_state", "quadruped_escape")
-DOMAINS += ("quadruped_fetch", "quadruped_run", "manipulator_bring_ball", "swimmer_swimmer6", "lqr_lqr_2_1")
+# The two backends: vectors here, for they load no OpenGL, and frames in `render_in`.
 
 
-def observed(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], list[Any]]:
-    """Entries with their shapes in EnvPool and in dm_control, and both `Spaces`."""
+@pytest.mark.usefixtures("no_mujoco_gl")
+@pytest.mark.parametrize(
+    "name",
+    ["finger_spin", "fish_upright", "humanoid_run", "humanoid_run_pure_state", "quadruped_escape", "quadruped_fetch",
+     "quadruped_run",
+     # Nothing of another task is in these.
+     *(pytest.param(name, marks=pytest.mark.thorough)
+       for name in ("fish_swim", "manipulator_bring_ball", "swimmer_swimmer6", "lqr_lqr_2_1"))],
+)  # fmt: skip
+def test_vectors_have_the_same_entries_in_both_backends(name):
     ours = make(name, VECTOR)
     theirs = make(name, EnvConfig(obs="vector", backend="dm_control"))
     space = ours._pool.observation_space
     shapes = theirs._envs[0]._env.observation_spec()
-    return (
-        {entry: space[entry].shape for entry in ours._entries},
-        {entry: shape.shape for entry, shape in shapes.items()},
-        [ours.spaces, theirs.spaces],
-    )
-
-
-def observed_all(names: tuple[str, ...]) -> list[Any]:
-    return [observed(name) for name in names]
-
-
-def test_vectors_have_the_same_entries_in_both_backends():
-    for name, (ours, theirs, spaces) in zip(DOMAINS, fresh(observed_all, DOMAINS), strict=True):
-        assert ours == theirs, name
-        assert spaces[0] == spaces[1], name
+    assert {entry: space[entry].shape for entry in ours._entries} == {e: shape.shape for e, shape in shapes.items()}
+    assert ours.spaces == theirs.spaces
 
 
 def angles(*differences: float) -> list[float]:
@@ -269,135 +255,106 @@ def copy_state(name: str, state: dict[str, np.ndarray], physics: Any) -> None:
         physics.named.model.geom_pos["target", :2] = target
 
 
-Rows = list[tuple[np.ndarray | None, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+def envpool_rows(name: str, config: EnvConfig, length: int) -> tuple[dict[str, np.ndarray], list[Step]]:
+    """With the observation that the episode starts with."""
+    env = make(name, config, seed=11)
+    start: dict[str, np.ndarray] = {}
+    reset = env._pool.reset
+
+    def remember():
+        observation, info = reset()
+        start.update({entry: value[0].copy() for entry, value in observation.items()})
+        return observation, info
+
+    env._pool.reset = remember
+    rows = rollout(env, random_actions(length, 1, env.spaces.action))
+    return start, rows
 
 
-def envpool_rows(runs: list[tuple[str, EnvConfig, int]]) -> list[tuple[dict[str, np.ndarray], Rows]]:
-    results = []
-    for name, config, length in runs:
-        env = make(name, config, seed=11)
-        starts: list[dict[str, np.ndarray]] = []
-        reset = env._pool.reset
+def dm_control_rows(name: str, config: EnvConfig, length: int, start: dict[str, np.ndarray]) -> list[Step]:
+    """From where EnvPool started."""
+    env = make(name, replace(config, backend="dm_control"))
+    task = env._envs[0]._env.task
+    initialize = task.initialize_episode
 
-        def remember(reset=reset, starts=starts):
-            observation, info = reset()
-            starts.append({entry: value[0].copy() for entry, value in observation.items()})
-            return observation, info
+    def initialize_as_envpool(physics):
+        initialize(physics)
+        copy_state(name, start, physics)
 
-        env._pool.reset = remember
-        rows = rollout(env, random_actions(length, 1, env.spaces.action))
-        results.append((starts[0], [(r.image, r.vector, r.reward, r.is_last, r.is_terminal) for r in rows]))
-    return results
+    task.initialize_episode = initialize_as_envpool
+    return rollout(env, random_actions(length, 1, env.spaces.action))
 
 
-def dm_control_rows(runs: list[tuple[str, EnvConfig, int]], starts: list[dict[str, np.ndarray]]) -> list[Rows]:
-    results = []
-    for (name, config, length), start in zip(runs, starts, strict=True):
-        env = make(name, replace(config, backend="dm_control"))
-        task = env._envs[0]._env.task
-        initialize = task.initialize_episode
-
-        def initialize_as_envpool(physics, initialize=initialize, name=name, start=start):
-            initialize(physics)
-            copy_state(name, start, physics)
-
-        task.initialize_episode = initialize_as_envpool
-        rows = rollout(env, random_actions(length, 1, env.spaces.action))
-        results.append([(r.image, r.vector, r.reward, r.is_last, r.is_terminal) for r in rows])
-    return results
-
-
-def test_rewards_vectors_and_ends_agree_over_whole_episodes():
+@pytest.mark.usefixtures("no_mujoco_gl")
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [("cartpole_swingup", 500), ("walker_walk", 60), pytest.param("reacher_easy", 500, marks=pytest.mark.thorough),
+     pytest.param("ball_in_cup_catch", 500, marks=pytest.mark.thorough)],
+)  # fmt: skip
+def test_rewards_vectors_and_ends_agree_over_whole_episodes(name, length):
     """Tolerance: 1e-5 in the vector, 1e-6 in the reward of a decision, ends equal.
 
     For walker_walk over 60 decisions: its contacts are chaotic, and a last bit of the copied start shows after 125.
     """
-    runs = [(name, VECTOR, 500) for name in ("cartpole_swingup", "reacher_easy", "ball_in_cup_catch")]
-    runs.append(("walker_walk", VECTOR, 60))
-    ours = fresh(envpool_rows, runs)
-    theirs = fresh(dm_control_rows, runs, [start for start, _ in ours])
-    for (name, _, length), (_, a), b in zip(runs, ours, theirs, strict=True):
-        for i, tolerance in ((1, 1e-5), (2, 1e-6), (3, 0), (4, 0)):
-            first, second = (np.stack([row[i] for row in rows]).astype(float) for rows in (a, b))
-            np.testing.assert_allclose(first, second, rtol=tolerance, atol=tolerance, err_msg=name)
-        assert [bool(row[3][0]) for row in b] == [False] * length + [length == 500]
+    start, ours = envpool_rows(name, VECTOR, length)
+    theirs = dm_control_rows(name, VECTOR, length, start)
+    for field, tolerance in {"vector": 1e-5, "reward": 1e-6, "is_last": 0, "is_terminal": 0}.items():
+        first, second = (np.stack([getattr(row, field) for row in rows]).astype(float) for rows in (ours, theirs))
+        np.testing.assert_allclose(first, second, rtol=tolerance, atol=tolerance, err_msg=field)
+    assert [bool(row.is_last[0]) for row in theirs] == [False] * length + [length == 500]
 
 
 @pytest.mark.opengl
-def test_frames_of_both_backends_are_equal_and_fast_ones_differ_as_documented():
+@pytest.mark.parametrize("name", ["walker_walk", pytest.param("reacher_easy", marks=pytest.mark.thorough)])
+def test_frames_of_both_backends_are_equal_and_fast_ones_differ_as_documented(name, render_in):
     """Tolerance: not a pixel differs, exact or fast, in these tasks (MuJoCo 3.6.0 and dm_control 1.0.38).
 
     Between exact and fast only frames differ: by 0.3 to 1.2 grey levels in the mean over all published tasks.
     """
-    exact, fast = EnvConfig(obs="both"), EnvConfig(obs="both", render="fast")
-    runs = [(name, config, 3) for name in ("walker_walk", "reacher_easy") for config in (exact, fast)]
-    ours = fresh(envpool_rows, [*runs, ("cheetah_run", exact, 3), ("cheetah_run", fast, 3)])
-    theirs = fresh(dm_control_rows, runs, [start for start, _ in ours[: len(runs)]])
-    for (name, config, _), (_, a), b in zip(runs, ours, theirs, strict=False):
-        frames, expected = (np.stack([row[0] for row in rows]) for rows in (a, b))
-        np.testing.assert_array_equal(frames, expected, err_msg=f"{name} {config.render}")
-        assert frames.std() > 10
-    for k, (least, most) in ((0, (0.2, 2)), (2, (0.2, 2)), (4, (0.2, 2))):
-        (_, plain), (_, cheap) = ours[k], ours[k + 1]
-        for a, b in zip(plain, cheap, strict=True):
-            np.testing.assert_array_equal(a[1], b[1])
-            np.testing.assert_array_equal(a[2], b[2])
-        difference = np.mean([np.abs(a[0].astype(int) - b[0]).mean() for a, b in zip(plain, cheap, strict=True)])
-        assert least < difference < most
+    frames: dict[str, np.ndarray] = {}
+    rows: dict[str, list[Step]] = {}
+    for config in (EnvConfig(obs="both"), EnvConfig(obs="both", render="fast")):
+        start, ours = render_in("envpool", envpool_rows, name, config, 3)
+        theirs = render_in("dm_control", dm_control_rows, name, config, 3, start)
+        frames[config.render], rows[config.render] = np.stack([row.image for row in ours]), ours
+        np.testing.assert_array_equal(frames[config.render], np.stack([row.image for row in theirs]), config.render)
+        assert frames[config.render].std() > 10
+    for exact, fast in zip(rows["exact"], rows["fast"], strict=True):
+        np.testing.assert_array_equal(exact.vector, fast.vector)
+        np.testing.assert_array_equal(exact.reward, fast.reward)
+    assert 0.2 < np.abs(frames["exact"].astype(int) - frames["fast"]).mean() < 2
 
 
-def seconds_and_cameras() -> tuple[float, float, list[float]]:
-    """Seconds for 3 decisions of 2 walkers, exact and fast; a quadruped's mean difference to cameras 0 and 2.
-
-    The two take turns and the fastest of each counts, for what others do on the machine only ever adds.
-    """
-    envs = []
-    for render in ("exact", "fast"):
-        env = make("walker_walk", EnvConfig(render=render), count=2)
-        out = Step.empty(2, env.spaces)
-        env.reset(out)
-        envs.append((env, out))
-    times: list[list[float]] = [[], []]
-    for _ in range(8):
-        for (env, out), seconds in zip(envs, times, strict=True):
-            start = time.perf_counter()
-            for _ in range(3):
-                env.step(np.zeros((2, 6), np.float32), out)
-            seconds.append(time.perf_counter() - start)
+def quadruped_beside_its_cameras() -> list[float]:
+    """A quadruped's mean difference to its cameras 0 and 2."""
     env = make("quadruped_walk", EnvConfig(render="fast"))
     out = Step.empty(1, env.spaces)
     env.reset(out)
     assert out.image is not None
     shown = out.image.astype(int)
     views = [env._pool.render(env_ids=[0], camera_id=camera).transpose(0, 3, 1, 2) for camera in (0, 2)]
-    return min(times[0]), min(times[1]), [float(np.abs(shown - view).mean()) for view in views]
+    return [float(np.abs(shown - view).mean()) for view in views]
 
 
 @pytest.mark.opengl
-def test_fast_frames_are_faster_and_a_quadruped_is_seen_by_its_own_camera():
-    exact, fast, differences = fresh(seconds_and_cameras)
-    if not os.path.exists("/dev/dri") and not os.path.exists("/dev/nvidiactl"):
-        assert exact > 2 * fast  # 5 in the median of measurements, on the software rasteriser
+def test_a_quadruped_is_seen_by_its_own_camera(render_in):
+    differences = render_in("envpool", quadruped_beside_its_cameras)
     assert differences[0] > 1
     assert differences[1] == 0
 
 
-def dm_control_episodes() -> tuple[list[np.ndarray], list[Step]]:
-    """Vectors of episodes seeded 3, 3 and 4; the rows of an episode of `lqr`, 200 control steps a decision."""
+@pytest.mark.usefixtures("no_mujoco_gl")
+def test_episodes_of_dm_control_follow_from_their_seeds_and_lqr_has_envpools_limit():
     env = make("cartpole_swingup", EnvConfig(obs="vector", backend="dm_control"))._envs[0]
     episodes = []
     for seed in (3, 3, 4):
         rows = [env.reset(seed)[1]]
         rows += [env.step(np.full(1, 0.5, np.float32))[1] for _ in range(5)]
         episodes.append(np.stack(rows))
+    np.testing.assert_array_equal(episodes[0], episodes[1])
+    assert not np.array_equal(episodes[0], episodes[2])
     config = EnvConfig(obs="vector", backend="dm_control", action_repeat=200)
-    return episodes, rollout(make("lqr_lqr_2_1", config), np.zeros((5, 1, 1), np.float32))
-
-
-def test_episodes_of_dm_control_follow_from_their_seeds_and_lqr_has_envpools_limit():
-    (first, again, other), lqr = fresh(dm_control_episodes)
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)
+    lqr = rollout(make("lqr_lqr_2_1", config), np.zeros((5, 1, 1), np.float32))
     assert [bool(row.is_last[0]) for row in lqr] == [False] * 5 + [True]
     assert not any(row.is_terminal[0] for row in lqr)
 
@@ -405,27 +362,31 @@ def test_episodes_of_dm_control_follow_from_their_seeds_and_lqr_has_envpools_lim
 # Finding OpenGL.
 
 
-def without_driver() -> tuple[bool, str, float]:
-    """Whether OpenGL is found, what asking EnvPool for pixels says, and the first entry of a vector."""
-    message = ""
-    try:
-        make("walker_walk", EnvConfig())
-    except BadInput as refusal:
-        message = str(refusal)
-    rows = rollout(make("walker_walk", VECTOR), np.zeros((0, 1, 6), np.float32))
-    return rendering.available(), message, float(vectors(rows)[0, 0, 0])
-
-
-def test_pixels_without_a_driver_are_refused_naming_the_package_and_vectors_still_work(monkeypatch):
+@pytest.fixture
+def no_driver(monkeypatch):
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
-    available, message, height = fresh(without_driver)
-    assert not available
-    assert "apt-get install libegl1" in message
-    assert "--obs vector" in message
-    assert height == pytest.approx(1.3)
-    monkeypatch.setenv("MUJOCO_GL", "egl")  # the user's own choice: dm_control is asked, and refuses
-    with pytest.raises(BadInput, match=r"MUJOCO_GL=egl: dm_control cannot render"):
-        fresh(make, "walker_walk", EnvConfig(backend="dm_control"))
+    rendering._egl_starts.cache_clear()
+    yield
+    rendering._egl_starts.cache_clear()
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_pixels_without_a_driver_are_refused_naming_the_package_and_vectors_still_work():
+    assert not rendering.available()
+    with pytest.raises(BadInput, match=r"apt-get install libegl1 .*--obs vector"):
+        make("walker_walk", EnvConfig())
+    rows = rollout(make("walker_walk", VECTOR), np.zeros((0, 1, 6), np.float32))
+    assert vectors(rows)[0, 0, 0] == pytest.approx(1.3)
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_an_opengl_that_the_user_chose_and_that_does_not_start_is_refused(monkeypatch):
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    with (
+        ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+        pytest.raises(BadInput, match=r"MUJOCO_GL=egl: dm_control cannot render"),
+    ):
+        pool.submit(make, "walker_walk", EnvConfig(backend="dm_control")).result()
 
 
 @pytest.mark.parametrize(
@@ -440,9 +401,7 @@ def test_pixels_without_a_driver_are_refused_naming_the_package_and_vectors_stil
         (set(), True, None),
     ],
 )
-def test_egl_is_taken_else_osmesa(monkeypatch, libraries, starts, chosen):
-    monkeypatch.setenv("MUJOCO_GL", "")  # so that what is chosen below is undone
-    monkeypatch.delenv("MUJOCO_GL")
+def test_egl_is_taken_else_osmesa(monkeypatch, no_mujoco_gl, libraries, starts, chosen):
     monkeypatch.setattr(rendering, "_loadable", lambda name: name if name in libraries else None)
     monkeypatch.setattr(rendering, "_egl_starts", lambda *_: starts)
     if chosen is None:

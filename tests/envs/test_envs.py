@@ -1,6 +1,5 @@
 """Environments: what tasks show and take, EnvPool's traps, independence of workers, and exact continuation."""
 
-import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -297,17 +296,12 @@ class TestNames:
             optional("envpool", "atari/pong")
         assert not any(name.startswith("envpool/") for name in envs.tasks())
 
-    def test_torch_stays_out(self):
-        names = "adapt, atari, envpool, gym, pool, worker, dmc, dm_control, rendering, background"
-        code = f"import sys; from fastdreamer.envs import {names}; sys.exit('torch' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
 
 class TestWorkers:
     @pytest.mark.parametrize(
         ("task", "config"),
-        [("envpool/Catch-v0", EnvConfig(envs=5, action_repeat=1)),
-         (SAMPLE + "Vector-v0", EnvConfig(envs=3, obs="vector", action_repeat=1))],
+        [(SAMPLE + "Vector-v0", EnvConfig(envs=3, obs="vector", action_repeat=1)),
+         pytest.param("envpool/Catch-v0", EnvConfig(envs=5, action_repeat=1), marks=pytest.mark.thorough)],
     )  # fmt: skip
     def test_rows_do_not_depend_on_the_number_of_workers(self, task, config):
         runs = []
@@ -335,16 +329,15 @@ class TestWorkers:
 
     def test_refusal_in_a_worker_arrives_as_it_is(self):
         with pytest.raises(BadInput, match=r"gym/env_samples:Odd-v0 has the observation space Tuple"):
-            envs.make(SAMPLE + "Odd-v0", EnvConfig(envs=2), 0)
+            envs.make(SAMPLE + "Odd-v0", EnvConfig(envs=1), 0)
 
 
 class TestContinuation:
     @pytest.mark.parametrize(
         ("task", "config", "steps", "under_way"),
         [("envpool/Catch-v0", EnvConfig(envs=3, action_repeat=1), 14, True),
-         ("atari/pong", EnvConfig(envs=1, action_repeat=4), 60, False),
-         (SAMPLE + "Varied-v0", EnvConfig(envs=4, obs="vector", action_repeat=1, workers=1), 23, False),
-         (SAMPLE + "Frames-v0", EnvConfig(envs=2, action_repeat=1, workers=1), 11, True)],
+         (SAMPLE + "Frames-v0", EnvConfig(envs=2, action_repeat=1, workers=1), 11, True),
+         pytest.param("atari/pong", EnvConfig(envs=1, action_repeat=4), 60, False, marks=pytest.mark.thorough)],
     )  # fmt: skip
     def test_goes_on_bit_for_bit(self, task, config, steps, under_way):
         with envs.make(task, config, seed=5) as environments:
@@ -364,23 +357,25 @@ class TestContinuation:
         assert all(map(equal, found, expected))
 
     def test_goes_on_with_the_workers_there_were_and_more_than_once(self):
-        config = EnvConfig(envs=3, obs="vector", action_repeat=1, workers=2)
+        config = EnvConfig(envs=3, obs="vector", action_repeat=1, workers=1)
         with envs.make(SAMPLE + "Varied-v0", config, seed=5) as environments:
             environments.recv()
-            taken = actions(environments.spaces, 20, 3)
-            run(environments, taken[:5])
+            taken = actions(environments.spaces, 38, 3)
+            run(environments, taken[:23])
             state = environments.state()
-            expected = run(environments, taken[5:])
-        with envs.make(SAMPLE + "Varied-v0", replace(config, workers=1), seed=5) as again:
+            expected = run(environments, taken[23:])
+        with envs.make(SAMPLE + "Varied-v0", replace(config, workers=2), seed=5) as again:
             assert again.restore(state) == []
-            run(again, taken[5:9])
+            assert all(map(equal, run(again, taken[23:27]), expected))
             assert again.restore(again.state()) == []
-            assert all(map(equal, run(again, taken[9:]), expected[4:]))
+            assert all(map(equal, run(again, taken[27:]), expected[4:]))
 
-    def test_before_the_first_row(self):
-        config = EnvConfig(envs=2, obs="vector", action_repeat=1)
+    def test_before_the_first_row_and_of_these_environments_alone(self):
+        config = EnvConfig(envs=2, obs="vector", action_repeat=1, workers=1)
         with envs.make(SAMPLE + "Vector-v0", config, seed=5) as environments:
             state = environments.state()
+            with pytest.raises(BadInput, match="resume with the same --envs"):
+                environments.restore(state | {"episode": np.zeros(3, np.int64)})
             first = deepcopy(environments.recv())
         with envs.make(SAMPLE + "Vector-v0", config, seed=5) as again:
             assert again.restore(state) == []
@@ -404,13 +399,6 @@ class TestContinuation:
             # Not begun is no reason not to come back.
             assert environments.restore(again) == []
             assert run(environments, taken[3:4])[0].is_first.all()
-
-    def test_other_environments_are_refused(self):
-        config = EnvConfig(envs=1, obs="vector")
-        with envs.make(SAMPLE + "Vector-v0", config, seed=0) as environments:
-            state = environments.state() | {"episode": np.zeros(3, np.int64)}
-            with pytest.raises(BadInput, match="resume with the same --envs"):
-                environments.restore(state)
 
     def test_episodes_have_seeds_of_their_own(self):
         seeds = {episode_seed(s, i, e) for s in range(5) for i in range(5) for e in range(5)}
