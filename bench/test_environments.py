@@ -1,5 +1,5 @@
 """Environment steps: EnvPool and dm_control, vectors and pixels, with 1, 4 and 16 environments; a frame's share of one
-environment in dm_control.
+environment in dm_control; and `--render fast` beside exact frames.
 
 All of a row are asked for and waited for, with nothing else to do meanwhile.
 """
@@ -65,6 +65,12 @@ def test_walker_walk(obs: str, backend: str, count: int, measure: Measure, kept:
         "dmc/walker_walk", config, f"{backend}, {count}", f"a frame of dmc/walker_walk, {obs}", "dm_control, 1",
         kept, measure,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("render", ["exact", "fast"])
+def test_fast_frames(render: str, measure: Measure, kept: ExitStack) -> None:
+    config = EnvConfig(render=render, envs=1, action_repeat=REPEAT)  # pyright: ignore
+    measured("dmc/walker_walk", config, render, "a frame of dmc/walker_walk by --render", "exact", kept, measure)
 
 
 @pytest.mark.parametrize("count", [1, 4, 16])
