@@ -332,6 +332,7 @@ def test_value_targets_against_a_plain_loop() -> None:
     batch["is_terminal"] = ends & (torch.rand(32, 12, generator=g) < 0.5)
     batch["is_first"][:, 1:] = ends[:, :-1]
     batch["is_first"][3:6, 7] = True  # restarted environments: a start without an end before it
+    batch["is_last"][6:9, 4], batch["is_first"][6:9, 5] = True, False  # and an end without a start after it
     value = torch.randn(32, 12, generator=g)
     gamma, lam = agent.config.behavior.gamma, agent.config.behavior.lam
 
@@ -423,12 +424,13 @@ ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {
 def test_overfits_one_batch(name: str) -> None:
     objective, model = ABLATIONS[name]
     spaces = PIXELS if model.get("batch_norm") == "encoder" else VECTOR
-    agent = make_agent(make_config(objective, **model), spaces)
+    config = make_config(objective, **model)
+    agent = make_agent(replace(config, optim=replace(config.optim, model_lr=1e-2)), spaces)
     optimizers, batch = agent.make_optimizers(), make_batch(spaces)
     batch["is_last"][0, 3] = batch["is_terminal"][0, 3] = batch["is_first"][0, 4] = True
     g = torch.Generator().manual_seed(0)
     history = []
-    for _ in range(60):
+    for _ in range(20):
         metrics = agent.update(batch, agent.draw_update_noise(g), optimizers)
         history.append({k: v.item() for k, v in metrics.items()})
     assert all(np.isfinite(list(row.values())).all() for row in history)

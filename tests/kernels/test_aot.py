@@ -1,5 +1,6 @@
 """Ahead-of-time compilation for GPUs that are not here."""
 
+import functools
 import os
 import re
 import subprocess
@@ -13,23 +14,64 @@ from fastdreamer_kernels.ops import FOLDERS
 ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, timeout=1200, env=ENVIRONMENT | environment
-    )
+ONE = "S"
 
 
-@pytest.mark.timeout(1200)
-def test_every_kernel_compiles_for_every_preset_without_spills() -> None:
-    # The posterior sequence at one size that is resident and one that is not: the others take minutes.
-    others = [operation for operation in cases.MAKERS if operation != "rssm_observe"]
-    check(run("-m", "fastdreamer_kernels.aot", "--operation", *others), set(others))
-    check(run("-m", "fastdreamer_kernels.aot", "--operation", "rssm_observe", "--size", "S"), {"rssm_observe"})
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=3600, env=ENVIRONMENT)
 
 
-@pytest.mark.slow
-def test_the_posterior_sequence_compiles_at_every_preset() -> None:
-    check(run("-m", "fastdreamer_kernels.aot", "--operation", "rssm_observe"), {"rssm_observe"})
+@pytest.mark.thorough
+def test_one_preset_compiles_on_three_architectures() -> None:
+    check(run("-m", "fastdreamer_kernels.aot", "--size", ONE))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("size", [size for size in cases.SIZES if size != ONE])
+def test_every_other_preset_compiles_on_three_architectures(size: str) -> None:
+    check(run("-m", "fastdreamer_kernels.aot", "--size", size))
+
+
+def check(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    rows = re.findall(r"^(sm_\d+) +(\w+)\.(\w+) .* (\d+) +(\d+) +(\d+)  (\S+)$", done.stdout, re.MULTILINE)
+    assert {arch for arch, *_ in rows} == set(TARGETS)
+    assert {FOLDERS.get(operation, operation) for operation in cases.MAKERS} <= {operation for _, operation, *_ in rows}
+    assert all(8 <= int(registers) <= 255 for _, _, _, registers, *_ in rows)
+    assert all(int(spills) <= aot.ONCE for *_, spills, _, _ in rows)
+    assert f"{len(rows)} compiled, 0 with" in done.stdout
+
+
+TWO = r"""
+import re
+from fastdreamer_kernels import aot, cases
+
+# A wide row on too few threads.
+wide = cases.Case("layer_norm_act", "", {"rows": 9, "columns": 2048})
+variant = next(v for v in aot.variants([wide], "sm_90") if v.kernel == "backward_kernel")
+print(aot.compile_variant(variant._replace(num_warps=1), "sm_90").fault)
+
+case = next(case for case in cases.preset("tiny") if case.operation == "rssm_observe")
+variant = next(v for v in aot.variants([case], "sm_90") if dict(v.constants).get("PHASE") == 0)
+*steps, rest = aot.machine_code(variant, "sm_90").split("CCTL.IVALL")
+for phase in steps:
+    assert re.search(r"\bLDG\.E\S*STRONG", phase) and re.search(r"\bSTG\.E.*MEMBAR", phase, re.DOTALL), phase
+assert not re.search(r"\b(?:LDG|STG)\.E", rest), rest
+print(len(steps), "meetings in", variant.kernel, aot.compile_variant(variant, "sm_90").fault)
+"""
+
+
+@functools.cache
+def two_kernels() -> subprocess.CompletedProcess[str]:
+    return run("-c", TWO)
+
+
+def test_a_kernel_that_spills_is_a_fault() -> None:
+    assert re.match(r"spills \d+ bytes\n", two_kernels().stdout), two_kernels().stderr
+
+
+def test_a_sequence_s_kernel_reads_and_writes_between_its_meetings() -> None:
+    assert two_kernels().stdout.endswith("\n5 meetings in forward_kernel None\n"), two_kernels().stderr
 
 
 MOVES = r"""
@@ -71,48 +113,16 @@ for variant in aot.variants([case], arch):
 """
 
 
-def check_moves(arch: str) -> set[tuple[str, ...]]:
+@pytest.mark.thorough
+@pytest.mark.parametrize("arch", TARGETS)
+def test_no_load_or_store_moves_across_a_meeting(arch: str) -> None:
+    """Between two meetings the machine code loads and stores exactly what the phase does that is compiled alone."""
     done = run("-c", MOVES, arch)
     assert done.returncode == 0, done.stdout + done.stderr
-    return set(re.findall(r"^(\w+)_kernel (\w+) (\d)$", done.stdout, re.MULTILINE))
-
-
-def test_no_load_or_store_moves_across_a_meeting() -> None:
-    """Between two meetings the machine code loads and stores exactly what the phase does that is compiled alone."""
-    kernels = check_moves("sm_90")
-    assert kernels == {(way, form, n) for way, n in (("forward", "5"), ("backward", "4")) for form in ("True", "False")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_100"])
-def test_no_load_or_store_moves_across_a_meeting_elsewhere(arch: str) -> None:
-    assert {way for way, *_ in check_moves(arch)} == {"forward", "backward"}
-
-
-def check(done: subprocess.CompletedProcess[str], operations: set[str]) -> None:
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
-    rows = re.findall(r"^(sm_\d+) +(\w+)\.(\w+) .* (\d+) +(\d+) +(\d+)  (\S+)$", done.stdout, re.MULTILINE)
-    assert {arch for arch, *_ in rows} == set(TARGETS)
-    own = {name for operation in operations for name in [FOLDERS.get(operation, operation)]}
-    assert own <= {operation for _, operation, *_ in rows}
-    assert all(8 <= int(registers) <= 255 for _, _, _, registers, *_ in rows)
-    assert all(int(spills) <= aot.ONCE for *_, spills, _, _ in rows)
-    assert f"{len(rows)} compiled, 0 with" in done.stdout
-
-
-def test_a_kernel_that_spills_is_a_fault() -> None:
-    """The widest row that fits, on too few threads."""
-    done = run(
-        "-c",
-        "import torch\n"
-        "from fastdreamer_kernels import aot\n"
-        "from fastdreamer_kernels.cases import Case\n"
-        "variant, *_ = [v for v in aot.variants([Case('layer_norm_act', '', {'rows': 9, 'columns': 16384})], 'sm_90')\n"
-        "               if v.kernel == 'backward_kernel']\n"
-        "usage = aot.compile_variant(variant._replace(num_warps=4), 'sm_90')\n"
-        "print(usage.fault)",
-    )
-    assert re.search(r"spills \d+ bytes", done.stdout), done.stderr
+    kernels = set(re.findall(r"^(\w+)_kernel (\w+) (\d)$", done.stdout, re.MULTILINE))
+    # An A100 has too little shared memory for weights that stay.
+    forms = ("False",) if arch == "sm_80" else ("True", "False")
+    assert kernels == {(way, form, n) for way, n in (("forward", "5"), ("backward", "4")) for form in forms}
 
 
 def usage(spills: int, shared: int) -> aot.Usage:
@@ -126,7 +136,9 @@ def test_faults_are_spills_and_too_much_shared_memory() -> None:
     assert aot.describe(usage(8, 0)).endswith("spills 8 bytes")
 
 
-def test_the_interpreter_leaves_nothing_to_compile() -> None:
-    done = run("-m", "fastdreamer_kernels.aot", TRITON_INTERPRET="1")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "TRITON_INTERPRET=1 leaves nothing to compile: unset it" in done.stderr
+def test_the_interpreter_leaves_nothing_to_compile(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert aot.main([]) == 2
+    assert capsys.readouterr() == ("", "error: TRITON_INTERPRET=1 leaves nothing to compile: unset it.\n")

@@ -493,10 +493,11 @@ LOOP = """
 """
 
 
-def test_kill_9_at_random_moments(tmp_path: Path):
+@pytest.mark.parametrize("kills", [1, pytest.param(5, marks=pytest.mark.thorough)])
+def test_kill_9_at_random_moments(tmp_path: Path, kills: int):
     run, generator, here = tmp_path / "run", random.Random(0), Path(__file__).parent
     twin, last = make_replay(), 0
-    for _ in range(3):
+    for _ in range(kills):
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(LOOP), str(run)],
             env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])},

@@ -5,13 +5,13 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from batches import BOTH, PIXELS, make_batch, make_config
+from batches import BOTH, NARROW, PIXELS, make_batch, make_config
 from fastdreamer_kernels import ops
 from fastdreamer_kernels.compare import SLACK
 from torch import Tensor
 
 from fastdreamer.algorithm.agent import Agent, UpdateNoise
-from fastdreamer.config import Config, parse_command
+from fastdreamer.config import SIZES, Config, parse_command
 from fastdreamer.envs.base import Spaces
 from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
@@ -78,6 +78,22 @@ def check(spaces: Spaces, config: Config, dtype: torch.dtype, device: str = "cpu
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("spaces", "objective", "dtype"),
+    [
+        (BOTH, "mudreamer", torch.float32),
+        (BOTH, "mudreamer", torch.bfloat16),
+        (PIXELS, "dreamerv3", torch.float32),
+    ],
+    ids=["mudreamer", "mudreamer in bfloat16", "dreamerv3"],
+)
+def test_update(spaces: Spaces, objective: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "tiny", NARROW)
+    check(spaces, make_config("tiny", objective, (4, 3), 2), dtype)
+
+
+@pytest.mark.thorough
+@pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("objective", ["mudreamer", "dreamerv3"])
 @pytest.mark.parametrize("spaces", [PIXELS, BOTH], ids=["discrete", "continuous"])
@@ -92,6 +108,7 @@ def test_update_at_size_s_on_a_gpu(objective: str, dtype: torch.dtype) -> None:
     check(BOTH, make_config("S", objective, (16, 64), 15), dtype, "cuda")
 
 
+@pytest.mark.thorough
 @pytest.mark.interpreter
 def test_demo_trains_on_the_fused_operations_as_on_the_reference() -> None:
     """A few updates of the demo preset itself, with its own draws: the same losses, update for update."""

@@ -1,6 +1,7 @@
 import builtins
 import dataclasses
 import io
+import itertools
 import json
 import math
 import shlex
@@ -35,9 +36,11 @@ def test_config_yaml_repeats_the_run(tmp_path):
     assert record["git"] is None or len(record["git"]["commit"]) == 40
 
 
-def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
     runs = [new_run(tmp_path, "dmc/walker_walk", {}) for _ in range(5)]
     assert len(set(runs)) == 5
+    assert all(run.name.startswith("dmc_walker_walk-20260101-000000") for run in runs)
 
 
 def test_unwritable_logdir_is_named(tmp_path):
@@ -80,22 +83,26 @@ def test_resume_drops_what_the_checkpoint_does_not_know(tmp_path, capsys):
     assert [row["frames"] for row in lines(tmp_path)] == [10, 10, 20, 20, 30, 30, 40]
 
 
-def test_seconds_go_on_after_a_resume(tmp_path):
+def test_seconds_go_on_after_a_resume(tmp_path, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     (tmp_path / METRICS).write_text('{"frames": 10, "seconds": 500.0}\n')
     logger = Logger(tmp_path, total_frames=100, live=False, resume_at_frames=10)
+    now += 2.5
     logger.scalars(20, {})
     logger.close()
-    assert 500 <= lines(tmp_path)[-1]["seconds"] < 510
+    assert lines(tmp_path)[-1]["seconds"] == 502.5
 
 
-def test_tensorboard_reads_scalars_and_videos_and_forgets_dropped_steps(tmp_path):
+def test_tensorboard_reads_scalars_and_videos_and_forgets_dropped_steps(tmp_path, monkeypatch):
+    clock = itertools.count(time.time_ns())
+    monkeypatch.setattr(time, "time_ns", lambda: next(clock))
     logger = Logger(tmp_path, total_frames=100, live=False)
     for frames in (10, 20, 30):
         logger.scalars(frames, {"loss/a": frames / 10})
     frames = np.random.default_rng(0).integers(0, 255, (6, 16, 24, 3), np.uint8)
     logger.video("dream", 10, frames)
     logger.close()
-    time.sleep(0.01)
     logger = Logger(tmp_path, total_frames=100, live=False, resume_at_frames=20)
     logger.scalars(25, {"loss/a": 9.0})
     logger.close()
@@ -189,12 +196,3 @@ def test_live_display_shows_returns_and_keeps_messages_verbatim(tmp_path, monkey
     ):
         assert text in out
     assert "[bold]not markup[/bold]" in out
-
-
-def test_logging_is_cheap(tmp_path):
-    logger = Logger(tmp_path, total_frames=10**6, live=False)
-    start = time.perf_counter()
-    for step in range(2000):
-        logger.progress(step, step)
-    assert (time.perf_counter() - start) / 2000 < 200e-6  # about 0.5e-6 unloaded
-    logger.close()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from runs import GYM, SMALL
+from runs import GYM, SAMPLES
 
 from fastdreamer import evaluate, train
 from fastdreamer.config import parse_command
@@ -50,12 +50,13 @@ def test_choice(arguments: list[str], cores: int, threads: int, monkeypatch: pyt
 
 @pytest.mark.usefixtures("_threads")
 def test_the_choice_is_taken_and_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(SAMPLES)
     monkeypatch.setattr(parts, "CORES", 2)
-    catch = [*SMALL, "--preset", "demo", "--dry-run"]
-    assert train.main(catch) == 0
+    dry = [*GYM, "--dry-run"]
+    assert train.main(dry) == 0
     assert torch.get_num_threads() == 1
     assert "threads: 1 of 2, for size and workers; --threads takes another\n" in capsys.readouterr().out
-    assert train.main([*catch, "--threads", "2"]) == 0
+    assert train.main([*dry, "--threads", "2"]) == 0
     assert torch.get_num_threads() == 2
     assert "threads: 2 of 2\n" in capsys.readouterr().out
 

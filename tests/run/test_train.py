@@ -1,14 +1,16 @@
 """Whole runs, made tiny: what they leave behind, that they repeat and resume bit for bit, and how they end."""
 
+import itertools
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +19,25 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import DEMO, GYM, SAMPLES, SMALL, TASKS, differences, episodes, run, state_of
+from fastdreamer_kernels import ops
+from runs import DEMO, GYM, PIXELS, SAMPLES, SMALL, TASKS, differences, episodes, run, state_of
 
 from fastdreamer import envs, evaluate, train
 from fastdreamer.algorithm.agent import Agent, Optimizers, UpdateNoise
 from fastdreamer.algorithm.world_model import Batch
-from fastdreamer.config import parse_command
+from fastdreamer.config import Config, parse_command
+from fastdreamer.envs.base import Spaces
 from fastdreamer.run import parts as building
 from fastdreamer.run.checkpoint import Checkpoints
-from fastdreamer.run.parts import build
+from fastdreamer.run.evaluation import evaluate as evaluate_agent
+from fastdreamer.run.parts import build, build_agent
 from fastdreamer.run.records import read_metrics
 from fastdreamer.run.trainer import Trainer
+from fastdreamer.runtime.graphs import Runtime
 from fastdreamer.runtime.learner import NonFinite
+
+PATIENCE = 600
+"""Seconds after which what a process should do counts as not coming: as many as never pass on a busy machine."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,29 +47,45 @@ def _beside_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def gym_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, to be read only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(SAMPLES)
-        return run([*GYM, "--frames", "40"], tmp_path_factory.mktemp("gym"))
+        return run([*GYM, "--frames", "40", "--eval-every", "30"], tmp_path_factory.mktemp("gym"))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.fixture
+def own_run(gym_run: Path, tmp_path: Path) -> Path:
+    """A copy of it, to go on with."""
+    return shutil.copytree(gym_run, tmp_path / gym_run.name)
+
+
+@pytest.mark.parametrize(
+    "task", ["vector", *(pytest.param(task, marks=pytest.mark.thorough) for task in TASKS if task != "vector")]
+)
 def test_resumed_run_equals_one_in_one_go(task: str, tmp_path: Path) -> None:
-    whole = run([*TASKS[task], "--frames", "120"], tmp_path)
-    half = run([*TASKS[task], "--frames", "60"], tmp_path)
-    assert train.main(["--resume", str(half), "--frames", "120"]) == 0
+    """In the midst of episodes, and with a ring that has gone round."""
+    arguments = [*TASKS[task], "--replay-capacity", "30"]
+    whole = run([*arguments, "--frames", "80"], tmp_path)
+    half = run([*arguments, "--frames", "48"], tmp_path)
+    before = state_of(half)
+    assert not before["pending"]["is_first"].any()
+    assert train.main(["--resume", str(half), "--frames", "80"]) == 0
     assert not differences(state_of(whole), state_of(half))
     assert episodes(whole) == episodes(half)
     record = yaml.safe_load((half / "config.yaml").read_text())
-    assert record["config"]["run"]["frames"] == 120
+    assert record["config"]["run"]["frames"] == 80
     assert len(record["resumed"]) == 1
     assert len(episodes(whole)) > 5
-    # Not one state for every run.
-    other = run([*TASKS[task], "--frames", "120", "--seed", "1"], tmp_path)
-    assert any("agent" in name for name in differences(state_of(whole), state_of(other)))
+    # Not one state for every time, nor for every run.
+    assert any("agent" in name for name in differences(state_of(whole), before))
+    configs = [parse_command([*arguments, "--seed", seed], cuda=False)[0].config for seed in "01"]
+    spaces = Spaces(**before["spaces"])
+    one, other = (build_agent(config, spaces, ops.load("reference"), torch.device("cpu")) for config in configs)
+    assert differences(one.state_dict(), other.state_dict())
 
 
-def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run([*DEMO, "--frames", "120", "--eval-every", "60", "--compile"], tmp_path)
+def test_what_a_run_leaves_behind(gym_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = run([*DEMO, "--frames", "60"], tmp_path)
     out = capsys.readouterr().out
     assert out.startswith("preset demo (envpool/Catch-v0, size tiny) as --preset says")
     assert "replay: 2,000 steps, 0.0 GB on cpu" in out
@@ -73,36 +98,52 @@ def test_what_a_run_leaves_behind(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert list(folder.glob("events.out.tfevents*"))
     rows = list(read_metrics(folder))
     losses = [row for row in rows if "loss/model" in row]
-    assert {"loss/reward", "loss/value", "loss/action", "loss/dyn", "grad/model", "behavior/entropy"} <= losses[
-        0
-    ].keys()
-    assert len([row for row in rows if "eval/return_mean" in row]) >= 2
+    expected = {"loss/reward", "loss/value", "loss/action", "loss/dyn", "grad/model", "behavior/entropy"}
+    assert expected <= losses[0].keys()
     assert all(np.isfinite(row["loss/model"]) for row in losses)
+    (evaluation,) = [row for row in rows if "eval/return_mean" in row]
+    assert len([row for row in read_metrics(gym_run) if "eval/return_mean" in row]) == 2
 
-    assert evaluate.main([str(folder), "--episodes", "5", "--json"]) == 0
+    assert evaluate.main([str(folder), "--episodes", "4", "--json", "--video"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"return_mean", "return_std", "returns"}
-    assert len(result["returns"]) == 5
+    assert len(result["returns"]) == 4
     assert set(result["returns"]) <= {-1.0, 1.0}
     assert result["return_mean"] == pytest.approx(np.mean(result["returns"]))
     assert result["return_std"] == pytest.approx(np.std(result["returns"]))
-    assert evaluate.main([str(folder), "--episodes", "5", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == result
-    assert evaluate.main([str(folder), "--episodes", "1", "--video"]) == 0
     assert (folder / "evaluation.gif").stat().st_size > 0
+    # The same weights, seeds and noise as at the run's end.
+    assert evaluation["eval/return_mean"] == result["return_mean"]
+    assert evaluate.main([str(gym_run), "--episodes", "1"]) == 0
     assert "over 1 episodes" in capsys.readouterr().out
 
 
-def test_train_ratio_is_exact(tmp_path: Path) -> None:
-    command, _ = parse_command([*DEMO, "--train-ratio", "0.7", "--frames", "500"], cuda=False)
+def test_an_episode_that_a_crash_cut_short_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAULT", str(tmp_path / "fault"))
+    command, _ = parse_command([*GYM, "--task", "gym/env_samples:Faulty-v0"], cuda=False)
+    spaces = Spaces(image=False, vector=4, action=2, discrete=False)
+    agent = build_agent(command.config, spaces, ops.load("reference"), torch.device("cpu"))
+    result = evaluate_agent(agent, command.config, Runtime(torch.device("cpu")), episodes=3)
+    assert (tmp_path / "fault").exists()
+    assert result is not None
+    assert len(result.returns) == 3
+    # The first environment has two of them, and both have been recorded from their first row to their last.
+    for total, rows in zip((result.returns[0], result.returns[2]), result.recorded, strict=True):
+        assert rows["is_first"].tolist() == [True, *[False] * 7]
+        assert rows["is_last"].tolist() == [*[False] * 7, True]
+        assert total == pytest.approx(rows["reward"].sum())
+
+
+def test_train_ratio_is_exact() -> None:
+    command, _ = parse_command([*GYM, "--envs", "3", "--train-ratio", "0.7", "--frames", "500"], cuda=False)
     with build(command.config) as parts:
         trainer = Trainer(parts)
         for _ in range(40):
             trainer.iterate()
-            due = max(0, trainer.decisions - 20) * 0.7 / (2 * 5)
+            due = max(0, trainer.decisions - 16) * 0.7 / (2 * 4)
             assert trainer.learner.updates == int(due + 1e-9)
-        # Each Catch episode is 9 decisions and a first row; the row in flight is not counted yet.
-        assert trainer.decisions == 3 * (40 - 4)
+        # Each episode is 7 decisions and a first row; the row in flight is not counted yet.
+        assert trainer.decisions == 3 * (40 - 5)
         assert len(trainer.replay) == 3 * 40
 
 
@@ -164,10 +205,8 @@ def test_dry_run_predicts_peak_memory(compile: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["loss", "weights"])
-def test_loss_that_is_not_finite_stops_the_run(weights: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = run([*DEMO, "--frames", "60"], tmp_path)
-    good = Checkpoints(folder).latest()
-    update = Agent.update
+def test_loss_that_is_not_finite_stops_the_run(weights: bool, own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, update = Checkpoints(own_run).latest(), Agent.update
 
     def poisoned(self: Agent, batch: Batch, noise: UpdateNoise, optimizers: Optimizers) -> dict[str, torch.Tensor]:
         metrics = update(self, batch, noise, optimizers)
@@ -181,11 +220,11 @@ def test_loss_that_is_not_finite_stops_the_run(weights: bool, tmp_path: Path, mo
 
     monkeypatch.setattr(Agent, "update", poisoned)
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--resume", str(folder), "--frames", "300"])
+        train.main(["--resume", str(own_run), "--frames", "300", "--eval-every", "0"])
     message = str(stopped.value.code)
     assert "loss/reward became nan at update 7" in message
-    assert f"resume from {good} with: python -m fastdreamer.train --resume {folder}" in message
-    assert Checkpoints(folder).latest() == good
+    assert f"resume from {good} with: python -m fastdreamer.train --resume {own_run}" in message
+    assert Checkpoints(own_run).latest() == good
 
 
 @pytest.mark.parametrize("rate", ["--model-lr", "--behavior-lr"])
@@ -219,19 +258,18 @@ def test_what_a_resumed_run_cannot_change(option: str, gym_run: Path, capsys: py
 
 @pytest.mark.parametrize(("old", "new"), [("envs: 2", "envs: abc"), ("size: tiny", "size: foo"), ("seed: 0", "sed: 0")])
 def test_a_configuration_that_was_edited_badly(
-    old: str, new: str, gym_run: Path, capsys: pytest.CaptureFixture[str]
+    old: str, new: str, gym_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = gym_run / "config.yaml"
-    text = path.read_text()
-    path.write_text(text.replace(old, new))
-    assert train.main(["--resume", str(gym_run)]) == 2
-    assert evaluate.main([str(gym_run)]) == 2
+    text = (gym_run / "config.yaml").read_text()
+    assert old in text
+    (tmp_path / "config.yaml").write_text(text.replace(old, new))
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    assert evaluate.main([str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("config.yaml cannot be read") == 2
-    path.write_text(text)
 
 
-def test_nothing_depends_on_timing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    quick = run([*GYM, "--frames", "60"], tmp_path)
+def test_nothing_depends_on_timing(gym_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nor on the number of processes."""
     rng, recv, update = random.Random(0), envs.Environments.recv, Agent.update
 
     def slow_recv(self: envs.Environments) -> envs.Step:
@@ -244,20 +282,49 @@ def test_nothing_depends_on_timing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
     monkeypatch.setattr(envs.Environments, "recv", slow_recv)
     monkeypatch.setattr(Agent, "update", slow_update)
-    slow = run([*GYM, "--frames", "60"], tmp_path)
-    assert not differences(state_of(quick), state_of(slow))
+    slow = run([*GYM, "--frames", "40", "--workers", "2"], tmp_path)
+    found, expected = state_of(slow), state_of(gym_run)
+    # What is kept of the environments' past is kept for each process.
+    del found["envs"], expected["envs"]
+    assert not differences(expected, found)
 
 
-def test_options_of_a_resumed_run_hold(tmp_path: Path) -> None:
-    folder = run([*DEMO, "--frames", "60"], tmp_path)
-    command, _ = parse_command(["--resume", str(folder), "--model-lr", "0.5"], cuda=False)
-    with build(command.config) as parts, Trainer(parts, folder, resume=True) as trainer:
+def test_options_of_a_resumed_run_hold(own_run: Path) -> None:
+    command, _ = parse_command(["--resume", str(own_run), "--model-lr", "0.5"], cuda=False)
+    with build(command.config) as parts, Trainer(parts, own_run, resume=True) as trainer:
         assert trainer.learner.updates > 0
         assert trainer.parts.optimizers.model.lr == 0.5
         assert trainer.parts.optimizers.actor.lr == command.config.optim.behavior_lr
 
 
-# Ends of all kinds, from outside
+# Ends of all kinds
+
+
+@pytest.mark.parametrize(("call", "decisions"), [(20, 32), (150, 60)], ids=["training", "evaluation"])
+def test_ctrl_c_saves_and_stops(
+    call: int, decisions: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the midst of training, and of an evaluation: 60 frames are some 35 rows of both environments."""
+    recv, calls = envs.Environments.recv, itertools.count(1)
+
+    def interrupted(self: envs.Environments) -> envs.Step:
+        count = next(calls)
+        assert count < call + 10, "it goes on"
+        if count == call:
+            signal.raise_signal(signal.SIGINT)
+        return recv(self)
+
+    monkeypatch.setattr(envs.Environments, "recv", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*GYM, "--frames", "60", "--eval-episodes", "1000000", "--logdir", str(tmp_path)])
+    assert stopped.value.code == 128 + signal.SIGINT
+    (folder,) = tmp_path.iterdir()
+    out = capsys.readouterr().out
+    assert f"stopped by SIGINT; go on with: python -m fastdreamer.train --resume {folder}" in out
+    assert ("evaluating over" in out) == (call == 150)
+    assert "evaluation: return" not in out
+    state = state_of(folder)
+    assert (state["decisions"], state["learner"]["updates"]) == (decisions, (decisions - 16) // 8)
 
 
 def start(arguments: Sequence[str]) -> subprocess.Popen:
@@ -266,32 +333,21 @@ def start(arguments: Sequence[str]) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=SAMPLES, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    limit = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < limit, "nothing came"
         time.sleep(0.02)
 
 
-def test_a_signal_cuts_an_evaluation_short(tmp_path: Path) -> None:
-    arguments = [*DEMO, "--frames", "60", "--eval-episodes", "1000000"]
-    process = start([*arguments, "--logdir", str(tmp_path)])
-    wait_for(lambda: any(tmp_path.glob("*/checkpoints/*/manifest.json")), process)
-    time.sleep(3)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, out
-    assert "stopped by SIGINT; go on with" in out
-    assert "Traceback" not in out
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.thorough)])
 def test_signals_save_and_stop(number: signal.Signals, tmp_path: Path) -> None:
-    process = start([*DEMO, "--frames", "1000000", "--logdir", str(tmp_path)])
+    """Of a process of its own, from outside."""
+    process = start([*GYM, "--frames", "1000000", "--logdir", str(tmp_path)])
     wait_for(lambda: any("loss/model" in path.read_text() for path in tmp_path.glob("*/metrics.jsonl")), process)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 128 + number, out
     (folder,) = tmp_path.iterdir()
     assert f"stopped by {number.name}; go on with: python -m fastdreamer.train --resume {folder}" in out
@@ -301,15 +357,16 @@ def test_signals_save_and_stop(number: signal.Signals, tmp_path: Path) -> None:
     assert state_of(folder)["decisions"] >= frames + 30
 
 
-def test_killed_at_any_moment_it_resumes(tmp_path: Path) -> None:
-    """Kill -9 twenty times: the last checkpoint always loads, and in the end all is as if nothing had happened."""
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.thorough)])
+def test_killed_at_any_moment_it_resumes(kills: int, tmp_path: Path) -> None:
+    """By kill -9: the last checkpoint always loads, and in the end all is as if nothing had happened."""
     rng = random.Random(0)
-    arguments = [*GYM, "--checkpoint-every", "0.05"]
-    process = start([*arguments, "--frames", "1000000", "--logdir", str(tmp_path)])
-    wait_for(lambda: any(tmp_path.glob("*/checkpoints/*/manifest.json")), process)
+    process = start([*PIXELS, "--checkpoint-every", "0.05", "--frames", "1000000", "--logdir", str(tmp_path)])
+    # Folders are named after the updates so far.
+    wait_for(lambda: any(int(path.parent.name[:12]) for path in tmp_path.glob("*/checkpoints/0*/*.json")), process)
     (folder,) = tmp_path.iterdir()
     reached = 0
-    for attempt in range(20):
+    for attempt in range(kills):
         if attempt:
             process = start(["--resume", str(folder)])
             begun = Checkpoints(folder).latest()
@@ -322,10 +379,9 @@ def test_killed_at_any_moment_it_resumes(tmp_path: Path) -> None:
         decisions = state_of(folder)["decisions"]
         assert decisions >= reached
         reached = decisions
-    assert reached > 100
-    frames = reached + 60
-    assert train.main(["--resume", str(folder), "--frames", str(frames)]) == 0
-    whole = run([*arguments, "--frames", str(frames)], tmp_path / "whole")
+    frames = reached + 20
+    assert train.main(["--resume", str(folder), "--checkpoint-every", "300", "--frames", str(frames)]) == 0
+    whole = run([*PIXELS, "--frames", str(frames)], tmp_path / "whole")
     assert not differences(state_of(whole), state_of(folder))
     assert episodes(whole) == episodes(folder)
 
@@ -336,9 +392,11 @@ def test_killed_at_any_moment_it_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--task", "dmc/walker_wlak"], r"--task dmc/walker_wlak .*dmc/walker_walk"),
+        pytest.param(
+            ["--task", "dmc/walker_wlak"], r"--task dmc/walker_wlak .*dmc/walker_walk", marks=pytest.mark.thorough
+        ),
         (["--task", "atari/pnog"], r"--task atari/pnog.*atari/pong"),
-        (["--task", "envpool/Cach-v0"], r"envpool/Cach-v0.*Catch-v0"),
+        pytest.param(["--task", "envpool/Cach-v0"], r"envpool/Cach-v0.*Catch-v0", marks=pytest.mark.thorough),
         (["--task", "catch"], r"--task catch has no family"),
         (["--task", "gym/env_samples:Odd-v0", "--obs", "vector"], r"Tuple"),
         (["--task", "gym/env_samples:Vector-v0"], r"--obs vector"),
@@ -353,9 +411,9 @@ def test_killed_at_any_moment_it_resumes(tmp_path: Path) -> None:
         (["--gamma", "1.5"], r"--gamma is 1.5"),
         (["--prefill", "3"], r"--prefill is 3.*--batch-length"),
         (["--replay-capacity", "100"], r"--replay-capacity is 100.*--prefill"),
-        (["--replay-capacity", "900000000"], r"--replay-capacity 900000000 needs 11\d+\.\d GB.*lower it"),
-        (["--actor-gradient", "dynamics"], r"--actor-gradient dynamics needs continuous"),
-        (["--kernels", "fused"], r"--kernels fused cannot run: there is no CUDA device here; use --kernels auto"),
+        ([*PIXELS, "--replay-capacity", "900000000"], r"--replay-capacity 900000000 needs 11\d+\.\d GB.*lower it"),
+        ([*PIXELS, "--actor-gradient", "dynamics"], r"--actor-gradient dynamics needs continuous"),
+        ([*GYM, "--kernels", "fused"], r"--kernels fused cannot run: there is no CUDA device here; use --kernels auto"),
         (["--device", "cuda"], r"--device cuda.*--device cpu"),
         (["--resume", "nowhere"], r"There is no run at nowhere"),
         (["--resume", "nowhere", "--task", "atari/pong"], r"--task cannot change in a resumed run"),
@@ -394,65 +452,77 @@ def test_unknown_options_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert train.main([*DEMO, "--logdir", str(tmp_path / "file")]) == 2
+    assert train.main([*GYM, "--logdir", str(tmp_path / "file")]) == 2
     assert "--logdir" in capsys.readouterr().err
 
 
-def test_checkpoints_that_do_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = run([*DEMO, "--frames", "30"], tmp_path)
-    capsys.readouterr()
-    assert train.main(["--resume", str(folder), "--size", "XS"]) == 2
+def test_checkpoints_that_do_not_fit(own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--resume", str(own_run), "--size", "XS"]) == 2
     assert re.search(r"of another shape.*--size", capsys.readouterr().err)
-    (checkpoint,) = (folder / "checkpoints").glob("0*")
-    state = checkpoint / "state.pt"
-    state.write_bytes(state.read_bytes()[:-100])
-    assert train.main(["--resume", str(folder)]) == 2
+    for state in own_run.glob("checkpoints/0*/state.pt"):
+        state.write_bytes(state.read_bytes()[:-100])
+    assert train.main(["--resume", str(own_run)]) == 2
     error = capsys.readouterr().err
     assert "state.pt" in error
     assert "Traceback" not in error
-    assert evaluate.main([str(folder)]) == 2
-    assert evaluate.main([str(folder), "--episodes", "0"]) == 2
+    assert evaluate.main([str(own_run)]) == 2
+    assert evaluate.main([str(own_run), "--episodes", "0"]) == 2
     assert evaluate.main([str(tmp_path / "nothing")]) == 2
 
 
 def test_size_that_does_not_fit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(building, "available_memory", lambda device: 100_000_000)
-    assert train.main([*DEMO, "--size", "XL", "--dry-run"]) == 2
+    assert train.main([*GYM, "--size", "XL", "--dry-run"]) == 2
     assert re.search(r"--size XL needs \d+\.\d GB", capsys.readouterr().err)
 
 
 def test_memory_that_runs_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(Agent, "update", lambda *_: {"x": torch.empty(2**60)})
-    assert train.main([*DEMO, "--dry-run"]) == 2
+    assert train.main([*GYM, "--dry-run"]) == 2
     assert re.search(r"error: memory ran out.*--batch-size", capsys.readouterr().err)
 
 
 # Every kind of environment trains
 
+KINDS = [
+    pytest.param(["--task", "dmc/walker_walk"], marks=pytest.mark.opengl, id="walker_walk pixels"),
+    pytest.param(["--task", "atari/pong"], id="pong"),
+    pytest.param(["--task", "gym/env_samples:Parts-v0", "--obs", "both"], id="gym both"),
+    pytest.param(
+        ["--task", "gym/env_samples:Vector-v0", "--obs", "vector", "--objective", "dreamerv3"], id="gym vector, v3"
+    ),
+]
+MORE_KINDS = [
+    pytest.param(
+        ["--task", "dmc/cartpole_balance", "--render", "fast"], marks=pytest.mark.opengl, id="cartpole fast pixels"
+    ),
+    pytest.param(["--task", "dmc/cartpole_balance", "--obs", "vector"], id="cartpole vector"),
+    pytest.param(["--task", "gym/env_samples:Frames-v0"], id="gym pixels"),
+]
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        pytest.param(["--task", "dmc/walker_walk"], marks=pytest.mark.opengl, id="walker_walk pixels"),
-        pytest.param(
-            ["--task", "dmc/cartpole_balance", "--render", "fast"], marks=pytest.mark.opengl, id="cartpole fast pixels"
-        ),
-        pytest.param(["--task", "dmc/cartpole_balance", "--obs", "vector"], id="cartpole vector"),
-        pytest.param(["--task", "atari/pong"], id="pong"),
-        pytest.param(["--task", "gym/env_samples:Frames-v0"], id="gym pixels"),
-        pytest.param(["--task", "gym/env_samples:Parts-v0", "--obs", "both"], id="gym both"),
-        pytest.param(["--task", "gym/env_samples:Vector-v0", "--obs", "vector", "--objective", "dreamerv3"], id="v3"),
-    ],
-)
-def test_short_run(arguments: list[str], tmp_path: Path) -> None:
-    command, _ = parse_command([*SMALL, *arguments, "--envs", "2"], cuda=False)
-    with build(command.config) as parts, Trainer(parts, tmp_path) as trainer:
-        while trainer.learner.updates < 4:
+
+def train_a_little(arguments: Sequence[str], folder: Path | None) -> Config:
+    command, _ = parse_command([*SMALL, "--envs", "1", "--train-ratio", "4", *arguments], cuda=False)
+    with build(command.config) as parts, Trainer(parts, folder) as trainer:
+        while trainer.learner.updates < 2:
             trainer.iterate()
         trainer.learner.settle()
         assert all(np.isfinite(value) for value in trainer.learner.means().values())
-        trainer.save()
-    resumed = replace(command.config, run=replace(command.config.run, frames=10**6))
+        if folder is not None:
+            trainer.save()
+    return command.config
+
+
+@pytest.mark.parametrize("arguments", KINDS)
+def test_every_kind_of_environment_trains(arguments: list[str]) -> None:
+    train_a_little(arguments, None)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("arguments", [*KINDS, *MORE_KINDS])
+def test_every_kind_of_environment_is_resumed(arguments: list[str], tmp_path: Path) -> None:
+    config = train_a_little([*arguments, "--envs", "2"], tmp_path)
+    resumed = replace(config, run=replace(config.run, frames=10**6))
     with build(resumed) as parts, Trainer(parts, tmp_path, resume=True) as trainer:
-        assert trainer.learner.updates == 4
+        assert trainer.learner.updates == 2
         trainer.iterate()

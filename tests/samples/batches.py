@@ -5,11 +5,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastdreamer.config import Config, defaults
+from fastdreamer.config import Config, Size, defaults
 from fastdreamer.envs.base import Spaces
 
 PIXELS = Spaces(image=True, vector=0, action=3, discrete=True)
 BOTH = Spaces(image=True, vector=5, action=2, discrete=False)
+
+NARROW = Size(deter=24, channels=2, units=20, layers=1, stoch=3, classes=5, bins=9)
+"""Widths in the place of a preset's where interpreted kernels would take long: small, and powers of nothing."""
 
 
 def make_config(size: str, objective: str, batch: tuple[int, int], horizon: int) -> Config:

@@ -12,27 +12,15 @@ from fastdreamer.run.records import read_metrics
 
 SAMPLES = Path(__file__).parent
 """Where a run finds the environments of `env_samples`."""
-SMALL = [
-    "--size",
-    "tiny",
-    "--batch-size",
-    "2",
-    "--batch-length",
-    "5",
-    "--horizon",
-    "2",
-    "--prefill",
-    "20",
-    "--replay-capacity",
-    "2000",
-    "--log-every",
-    "4",
-    "--train-ratio",
-    "1",
-]
-DEMO = [*SMALL, *["--preset", "demo", "--envs", "3", "--eval-episodes", "4"]]
-GYM = [*SMALL, *["--task", "gym/env_samples:Vector-v0", "--obs", "vector", "--envs", "2", "--eval-episodes", "2"]]
-TASKS = {"demo": DEMO, "gym": GYM}
+_SMALL = (
+    "--size tiny --batch-size 2 --batch-length 4 --horizon 2 --prefill 16 --replay-capacity 2000 --log-every 2 "
+    "--train-ratio 1"
+)
+SMALL = _SMALL.split()
+DEMO = f"{_SMALL} --preset demo --envs 3 --eval-episodes 4".split()
+GYM = f"{_SMALL} --task gym/env_samples:Vector-v0 --obs vector --envs 2 --workers 1 --eval-episodes 2".split()
+PIXELS = f"{_SMALL} --task gym/env_samples:Frames-v0 --envs 2 --workers 1 --eval-episodes 2".split()
+TASKS = {"demo": DEMO, "vector": GYM, "pixels": PIXELS}
 
 
 def run(arguments: Sequence[str], logdir: Path) -> Path:
