@@ -26,8 +26,7 @@ class Replay:
     captured or compiled `sample` follows the ring as it fills. Single-threaded.
 
     Raises BadInput where the ring would not fit when full, before any of it is allocated: on the CPU untouched pages
-    cost nothing, and a run would die hours later. `pin` page-locks the ring and the batches drawn from it (host
-    memory, with CUDA), which a copy to the GPU needs to run beside the update. Batches are gathered by `gather`, their
+    cost nothing, and a run would die hours later. Batches are gathered by `gather`, their
     images as `images`: scaled floats, or uint8, the fewest bytes where they have a way to go.
     """
 
@@ -40,7 +39,6 @@ class Replay:
         gather: GatherSequences = reference.gather_sequences,
         images: torch.dtype = torch.uint8,
         device: torch.device | str = "cpu",
-        pin: bool = False,
     ) -> None:
         self.gather, self.images = gather, images
         self.device, self.num_envs, self.slots = torch.device(device), num_envs, capacity // num_envs
@@ -54,7 +52,7 @@ class Replay:
                 f"{free / 1e9:.1f} GB free: lower it to at most {free // self.bytes(spaces, 1)}{elsewhere}."
             )
         self.fields = {
-            name: torch.empty(self.slots, num_envs, *shape, dtype=dtype, device=self.device, pin_memory=pin)
+            name: torch.empty(self.slots, num_envs, *shape, dtype=dtype, device=self.device)
             for name, (shape, dtype) in _layout(spaces).items()
         }
         self._added_host = 0

@@ -65,7 +65,7 @@ def evaluate(
     env = replace(config.env, envs=count)
     with envs.make(config.task, env, config.seed + SEED_OFFSET, evaluation=True) as environments:
         total = np.zeros(count)
-        acting = make_acting(runtime, agent, count, noise)
+        acting = make_acting(runtime, agent, count, noise, captured=False)
         while not stopped():
             step = environments.recv()
             # An episode that begins without the last one's end was cut short by a crash: it does not count.

@@ -61,14 +61,25 @@ class Acting:
         act: Callable[[Any, Rows, Any], Any],
         carry: Any,
         generators: Sequence[torch.Generator],
+        *,
+        captured: bool = True,
     ):
-        self.runtime, self.carry = runtime, carry
-        self._act, self._stage, self._rows = act, Stager(runtime.device), {}
-        apart = runtime.record is not None
-        self._source, self._agent = agent, copy.deepcopy(agent) if apart else agent
+        """`captured`: as a graph, where `runtime` records; not worth it, nor its memory, for a few episodes."""
+        self.carry, self._stage, self._rows = carry, Stager(runtime.device), Rows()
+        apart = captured and runtime.record is not None
+        own, self._mine, self._theirs = snapshot(agent) if apart else (agent, [], [])
         self._stream = torch.cuda.Stream(priority=-1) if apart and runtime.device.type == "cuda" else None
         self._fresh: torch.cuda.Event | None = None
-        self._step = runtime.captured(self._decide, generators, "decision")
+        rows = self._rows
+
+        # It knows nothing of this object: in a circle a graph would live until the garbage is collected.
+        def decide() -> None:
+            with runtime.autocast():
+                following = act(own, rows, carry)
+            # In place: a replayed graph reads and writes the same tensors. And in float32, whatever the precision.
+            tree_map(lambda old, new: old.copy_(new), carry, following)
+
+        self._step = runtime.captured(decide, generators, "decision", self._stream) if apart else decide
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 
@@ -78,12 +89,9 @@ class Acting:
             if self._fresh is not None:
                 torch.cuda.current_stream().wait_event(self._fresh)
             rows = self._stage(step)
-            if self._rows:
-                for name, field in rows.items():
-                    if field is not self._rows[name]:
-                        self._rows[name].copy_(field)
-            else:
-                self._rows = rows
+            for name, field in rows.items():
+                if (kept := self._rows.setdefault(name, field)) is not field:
+                    kept.copy_(field)
             self._step()
         if self._stream is not None:
             # Whoever stores the rows does so after they have come, and before the next ones do (`refresh`).
@@ -102,22 +110,35 @@ class Acting:
 
     def refresh(self) -> None:
         """From now on the learner's present weights act; what it did with the last rows comes before the next ones."""
-        if self._agent is self._source:
+        if not self._mine:
             return
         with torch.no_grad():
-            mine, theirs = ([*agent.parameters(), *agent.buffers()] for agent in (self._agent, self._source))
-            torch._foreach_copy_(mine, theirs)  # pyright: ignore
+            torch._foreach_copy_(self._mine, self._theirs)  # pyright: ignore
         if self._stream is not None:
             self._fresh = torch.cuda.Event()
             self._fresh.record()
-
-    def _decide(self) -> None:
-        with self.runtime.autocast():
-            carry = self._act(self._agent, self._rows, self.carry)
-        # In place: a replayed graph reads and writes the same tensors. And in float32, whatever the precision.
-        tree_map(lambda old, new: old.copy_(new), self.carry, carry)
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             yield
+
+
+def snapshot(module: nn.Module) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
+    """A copy of a module, its memory as flat tensors, and the module's own in the same order.
+
+    They are few, for the parameters that one optimiser steps lie in one vector, and lie so in the copy, too.
+    """
+    # What was compiled of it is the original's.
+    memo: dict[int, Any] = {id(value): value for value in vars(module).values() if callable(value)}
+    copied = copy.deepcopy(module, memo)
+    pieces: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+    owned, own = ((*each.parameters(), *each.buffers()) for each in (module, copied))
+    for theirs, mine in zip(owned, own, strict=True):
+        storage, key = theirs.untyped_storage(), (theirs.untyped_storage().data_ptr(), theirs.dtype)
+        if key not in pieces:
+            size = storage.nbytes() // theirs.element_size()
+            flat = torch.as_strided(theirs.detach(), (size,), (1,), 0)
+            pieces[key] = flat.clone(), flat
+        mine.data = torch.as_strided(pieces[key][0], theirs.shape, theirs.stride(), theirs.storage_offset())
+    return copied, [mine for mine, _ in pieces.values()], [theirs for _, theirs in pieces.values()]

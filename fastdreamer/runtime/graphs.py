@@ -1,9 +1,12 @@
 """How a run's callables are run: precision, compilation, captured graphs, and what is done where those fail."""
 
 import functools
+import re
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -11,27 +14,71 @@ from fastdreamer_kernels.compiled import WORTH, compiled
 from fastdreamer_kernels.ops import Ops
 from torch import Tensor
 
+from fastdreamer.config import BadInput
+
+OURS, HERE = re.compile(r"\bfastdreamer(_kernels)?/"), "runtime/graphs.py"
 Say = Callable[[str], None]
 
 
 class Record(Protocol):
-    """Runs `function` once, as a recording that has no effect yet; gives its results, and what replays it into them."""
+    """Runs `function` once, as a recording that has no effect yet; gives its results, and what replays it into them.
+
+    On a GPU that is done on `stream`. Raises what `function` raised, and leaves everything as it was.
+    """
 
     def __call__(
-        self, function: Callable[[], Any], generators: Sequence[torch.Generator]
+        self, function: Callable[[], Any], generators: Sequence[torch.Generator], stream: Any
     ) -> tuple[Any, Callable[[], Any]]: ...
 
 
 def record_cuda_graph(
-    function: Callable[[], Any], generators: Sequence[torch.Generator]
+    function: Callable[[], Any], generators: Sequence[torch.Generator], stream: torch.cuda.Stream | None
 ) -> tuple[Any, Callable[[], Any]]:
-    """Captures `function` as a CUDA graph. Whatever it draws from `generators` is drawn anew in each replay."""
-    graph = torch.cuda.CUDAGraph()
+    """Captures `function` as a CUDA graph. Whatever it draws from `generators` is drawn anew in each replay.
+
+    `stream` is for this kind of work alone: graphs that were captured on one stream share cuBLAS's workspace for it,
+    and may run at the same time; its priority becomes that of the graph's kernels. Raises BadInput where a capture has
+    failed and this PyTorch has no way back from there.
+    """
+    current, pool, graph = torch.cuda.current_stream(), torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
     for each in generators:
         graph.register_generator_state(each)
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        results = function()
+    # A workspace that is taken while capturing lies in the graph's memory, and nobody else may find it afterwards.
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        # A capture that fails leaves its stream the current one.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            results = function()
+    except Exception as error:
+        _abandon(pool, generators, error)
+        raise
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
     return results, graph.replay
+
+
+def _abandon(pool: Any, generators: Sequence[torch.Generator], error: Exception) -> None:
+    """Ends what a failed capture has begun: the allocator would go on to serve its stream from the graph's memory and
+    free nothing that another stream used; the generators would go on to count as captured, and refuse every draw."""
+    device = torch.cuda.current_device()
+    try:
+        try:
+            torch._C._cuda_endAllocateToPool(device, pool)
+        except RuntimeError as ended:
+            if "recording" not in str(ended):
+                raise
+        else:
+            torch._C._cuda_releasePool(device, pool)
+        for each in (*generators, torch.cuda.default_generators[device]):
+            each.graphsafe_set_state(each.clone_state())
+    except (AttributeError, RuntimeError) as damage:
+        raise BadInput(
+            f"--compile: a capture failed ({reason(error)}), and PyTorch {torch.__version__} cannot go on from there "
+            f"({reason(damage)}): use --no-compile."
+        ) from error
 
 
 class Captured:
@@ -44,9 +91,16 @@ class Captured:
     """Calls before the recording: what they load and allocate once must not be part of it."""
 
     def __init__(
-        self, function: Callable[[], Any], record: Record, generators: Sequence[torch.Generator], name: str, say: Say
+        self,
+        function: Callable[[], Any],
+        record: Record,
+        generators: Sequence[torch.Generator],
+        name: str,
+        say: Say,
+        stream: Any = None,
     ):
         self.function, self.record, self.generators, self.name, self.say = function, record, generators, name, say
+        self.stream = stream
         self.calls, self.replay = 0, None
         self._results: Any = None
 
@@ -57,9 +111,11 @@ class Captured:
             return self._results
         if self.calls == self.WARM + 1:
             try:
-                self._results, self.replay = self.record(self.function, self.generators)
+                self._results, self.replay = self.record(self.function, self.generators, self.stream)
+            except BadInput:
+                raise
             except Exception as error:
-                self.say(f"the {self.name} could not be captured and runs uncaptured: {first_line(error)}")
+                self.say(f"the {self.name} could not be captured and runs uncaptured: {reason(error)}")
             else:
                 self.say(f"the {self.name} is captured as one graph")
                 self.replay()
@@ -67,10 +123,19 @@ class Captured:
         return self.function()
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def reason(error: BaseException) -> str:
+    """What went wrong first, in one line: the innermost of chained errors, what it says, and which line of ours it is.
+
+    Leaving a capture, or a compiler, after an error raises others that say nothing.
+    """
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    said = next((line.strip() for line in str(error).splitlines() if line.strip(" :")), "")
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if OURS.search(frame.filename) and not frame.filename.endswith(HERE)]
+    places = [*([] if said else frames[-1:]), *ours[-1:]]
+    where = ", ".join(f"{'/'.join(Path(at.filename).parts[-2:])}:{at.lineno} in {at.name}" for at in places)
+    return f"{type(error).__name__}{f': {said}' if said else ''}{f' ({where})' if where else ''}"
 
 
 class Runtime:
@@ -94,6 +159,7 @@ class Runtime:
         """`fused`: the operations are our kernels, so that a whole update is a graph of moderate size."""
         self.device, self.precision, self.compile, self.fused, self.say = device, precision, compile, fused, say
         self.record = record or (record_cuda_graph if compile and device.type == "cuda" else None)
+        self._updates = torch.cuda.Stream() if self.record is record_cuda_graph else None
         # Not where something is recorded: autocast's cache is not made for that.
         here = device.type == "cpu" and precision == "bf16" and not fused and self.record is None
         self._keeps_casts = here and casts_know_gradients()
@@ -115,22 +181,31 @@ class Runtime:
                 ops = compiled(plain, self._compiling, WORTH if self.device.type == "cpu" else 0)
         return ops._replace(adam_step=_forgetting_casts(ops.adam_step)) if self._keeps_casts else ops
 
-    def whole(self, update: Callable[..., Any]) -> Callable[..., Any]:
-        """`update` compiled as one graph with its backward passes, where it is of moderate size and PyTorch can."""
+    def whole(self, parts: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+        """Those parts of an update, by name, that are compiled as one graph each, with their backward passes: all where
+        graphs are of moderate size and PyTorch can."""
         if not (self.compile and self.fused and self.device.type == "cuda"):
-            return update
+            return {}
         config = torch._dynamo.config
         if not hasattr(config, "trace_autograd_ops"):
             self.say(f"PyTorch {torch.__version__} cannot compile gradients inside an update: its glue is not compiled")
-            return update
+            return {}
         config.trace_autograd_ops = True  # pyright: ignore[reportAttributeAccessIssue]
-        return _Fallback(torch.compile(update, fullgraph=True, dynamic=False), update, self)
+        # Before, Inductor's reordering of loops fails on gradients of decoders and of small networks.
+        version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+        options: dict[str, Any] | None = {"loop_ordering_after_fusion": False} if version < (2, 13) else None
+        return {
+            name: _Fallback(torch.compile(part, fullgraph=True, dynamic=False, options=options), part, name, self)
+            for name, part in parts.items()
+        }
 
     def captured(
-        self, function: Callable[[], Any], generators: Sequence[torch.Generator], name: str
+        self, function: Callable[[], Any], generators: Sequence[torch.Generator], name: str, stream: Any = None
     ) -> Callable[[], Any]:
-        """`function` as a graph where there are graphs; where not, as it is."""
-        return Captured(function, self.record, generators, name, self.say) if self.record else function
+        """`function` as a graph where there are graphs, else as it is. `stream`: its own; without, that of updates."""
+        if self.record is None:
+            return function
+        return Captured(function, self.record, generators, name, self.say, stream or self._updates)
 
     def _compiling(self, what: str) -> None:
         if self._began is None:
@@ -163,20 +238,26 @@ def _forgetting_casts(adam_step: Callable[..., Tensor]) -> Callable[..., Tensor]
 
 
 class _Fallback:
-    """A compiled callable; should it not compile, the plain one, from then on. Nothing has run before it compiled."""
+    """A compiled callable; should it not compile, the plain one, from then on.
 
-    def __init__(self, fast: Callable[..., Any], plain: Callable[..., Any], runtime: Runtime):
-        self.fast, self.plain, self.runtime = fast, plain, runtime
+    Only what the compiler raises counts, for nothing has run before it is done: another error comes from work that was
+    begun, and doing it again would apply half an update twice.
+    """
+
+    def __init__(self, fast: Callable[..., Any], plain: Callable[..., Any], name: str, runtime: Runtime):
+        self.fast, self.plain, self.name, self.runtime = fast, plain, name, runtime
         self.sure = False
 
     def __call__(self, *args: Any) -> Any:
         if self.sure:
             return self.fast(*args)
-        self.runtime._compiling("the update")
+        from torch._dynamo.exc import TorchDynamoException
+
+        self.runtime._compiling(self.name)
         try:
             result = self.fast(*args)
-        except Exception as error:
-            self.runtime.say(f"the update could not be compiled and runs uncompiled: {first_line(error)}")
+        except TorchDynamoException as error:
+            self.runtime.say(f"{self.name} could not be compiled and runs uncompiled: {reason(error)}")
             self.fast, result = self.plain, self.plain(*args)
         self.sure = True
         return result
@@ -189,5 +270,5 @@ def _no_inductor() -> str | None:
     try:
         cpp_builder.get_cpp_compiler()
     except Exception as error:
-        return f"there is no C++ compiler ({first_line(error)}); install g++"
+        return f"there is no C++ compiler ({reason(error)}); install g++"
     return None

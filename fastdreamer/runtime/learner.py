@@ -79,8 +79,16 @@ class Learner:
         advance: Callable[[], None] = lambda: None,
     ):
         self.updates = 0
-        self._update, self._advance, self._names = update, advance, []
-        self._issue = runtime.captured(self._stacked, generators, "update") if runtime else self._stacked
+        self._advance, names = advance, list[str]()
+        self._names = names
+
+        # It knows nothing of this object: in a circle a graph would live until the garbage is collected.
+        def stacked() -> Tensor:
+            metrics = update()
+            names[:] = metrics
+            return torch.stack([value.float() for value in metrics.values()])
+
+        self._issue = runtime.captured(stacked, generators, "update") if runtime else stacked
         self._pending: tuple[int, list[str], Tensor, torch.cuda.Event | None] | None = None
         self._sums: dict[str, float] = {}
         self._count = 0
@@ -97,14 +105,9 @@ class Learner:
             event.record()
         else:
             values = values.clone()
-        issued = (self.updates, self._names, values, event)
+        issued = (self.updates, list(self._names), values, event)
         self.settle()
         self._pending = issued
-
-    def _stacked(self) -> Tensor:
-        metrics = self._update()
-        self._names = list(metrics)
-        return torch.stack([value.float() for value in metrics.values()])
 
     def settle(self, *, wait: bool = True) -> None:
         """Reads the metrics of the last issued update (without `wait`: if it has run). Raises NonFinite."""

@@ -34,6 +34,7 @@ Function = Callable[[], Any]
 def record_fx(
     function: Function,
     generators: Sequence[torch.Generator],
+    stream: None = None,
     scalars: Sequence[Tensor] = (),
     everyone: Sequence[torch.Generator] = (),
 ) -> tuple[Any, Callable[[], None]]:

@@ -16,7 +16,7 @@ from fastdreamer.run import parts as building
 from fastdreamer.runtime import graphs as machinery
 from fastdreamer.runtime.acting import Stager
 from fastdreamer.runtime.device import choose_device, generator
-from fastdreamer.runtime.graphs import Runtime, casts_know_gradients, first_line
+from fastdreamer.runtime.graphs import Runtime, casts_know_gradients
 from fastdreamer.runtime.learner import Batches, Learner, NonFinite
 
 CPU = torch.device("cpu")
@@ -158,18 +158,13 @@ def test_casts_are_not_kept(where: str, monkeypatch: pytest.MonkeyPatch) -> None
         CPU,
         precision="bf16",
         fused=where == "our kernels",
-        record=(lambda function, generators: (function(), function)) if where == "a recording" else None,
+        record=(lambda function, generators, stream: (function(), function)) if where == "a recording" else None,
     )
     layer = nn.Linear(2, 2, bias=False)
     with runtime.autocast(), Narrowed() as narrowed:
         for _ in range(3):
             layer(torch.ones(1, 2, dtype=torch.bfloat16))
     assert narrowed.count == 3
-
-
-def test_an_error_is_one_line() -> None:
-    assert first_line(RuntimeError("\n  out of memory \nsecond")) == "RuntimeError: out of memory"
-    assert first_line(ValueError()) == "ValueError"
 
 
 @pytest.mark.gpu

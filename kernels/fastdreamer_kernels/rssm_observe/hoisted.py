@@ -16,47 +16,55 @@ from fastdreamer_kernels.rssm_observe.reference import Observed, Running, Weight
 from fastdreamer_kernels.sample_onehot.reference import sample_onehot
 
 
+class _Rows:
+    """A weight, and the rows of all steps that its gradient follows from."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+        self.inputs: list[Tensor] = []
+        self.grads: list[Tensor] = []
+
+
 class _Product:
     """x W^T, step after step, with W's gradient taken once, over the rows of all steps."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
-        self.weight = weight.detach().to(dtype)
-        self.inputs: list[Tensor] = []
-        self.grads: list[Tensor] = []
+        # Apart from `origin`, whose place in autograd's graph keeps them: it would keep itself.
+        self.rows = _Rows(weight.detach().to(dtype))
         # Nothing but a place in autograd's graph: whatever follows from it has passed backward before it does.
-        self.origin = _Collect.apply(weight, self)
+        self.origin = _Collect.apply(weight, self.rows)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return _Multiply.apply(x, self.origin, self)  # pyright: ignore[reportReturnType]
+        return _Multiply.apply(x, self.origin, self.rows)  # pyright: ignore[reportReturnType]
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, product: _Product) -> Tensor:
-        ctx.product, ctx.dtype = product, weight.dtype
+    def forward(ctx: Any, weight: Tensor, rows: _Rows) -> Tensor:
+        ctx.rows, ctx.dtype = rows, weight.dtype
         return weight.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
         # T times (B, outputs) and (B, inputs) -> (outputs, inputs)
-        grad = torch.cat(ctx.product.grads).t() @ torch.cat(ctx.product.inputs)
-        ctx.product.grads, ctx.product.inputs = [], []
+        grad = torch.cat(ctx.rows.grads).t() @ torch.cat(ctx.rows.inputs)
+        ctx.rows.grads, ctx.rows.inputs = [], []
         return grad.to(ctx.dtype), None
 
 
 class _Multiply(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, origin: Tensor, product: _Product) -> Tensor:
+    def forward(ctx: Any, x: Tensor, origin: Tensor, rows: _Rows) -> Tensor:
         ctx.save_for_backward(x, origin)
-        ctx.product = product
-        return F.linear(x, product.weight)
+        ctx.rows = rows
+        return F.linear(x, rows.weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (x, origin), (grad,) = ctx.saved_tensors, grads
-        ctx.product.inputs.append(x)
-        ctx.product.grads.append(grad)
-        return grad @ ctx.product.weight, torch.zeros_like(origin), None
+        ctx.rows.inputs.append(x)
+        ctx.rows.grads.append(grad)
+        return grad @ ctx.rows.weight, torch.zeros_like(origin), None
 
 
 def rssm_observe(
