@@ -162,13 +162,14 @@ def attach(parts: Parts, agent: Agent, optimizers: Optimizers) -> None:
     returns = parts.within("critic", behavior.ops.lambda_return)
     parts.replace(behavior, "ops", behavior.ops._replace(**scalars, lambda_return=returns))
     for optimizer in optimizers:
-        step = parts.within("optimise", optimizer.step, around=True)
+        parts.wrap(optimizer, "apply", "optimise")
+        collect = parts.within("optimise", optimizer.collect, around=True)
 
-        def attributed(loss: Tensor, step: Callable[..., Tensor] = step, **options: Any) -> Tensor:
+        def attributed(loss: Tensor, collect: Callable[..., None] = collect, **options: Any) -> None:
             parts.attribute(loss)
-            return step(loss, **options)
+            collect(loss, **options)
 
-        parts.replace(optimizer, "step", attributed)
+        parts.replace(optimizer, "collect", attributed)
 
 
 @contextmanager

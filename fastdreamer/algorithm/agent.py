@@ -126,21 +126,36 @@ class Agent(nn.Module):
 
     def update(self, batch: Batch, noise: UpdateNoise, optimizers: "Optimizers") -> dict[str, Tensor]:
         """One training update on sequences (B, T). Returns losses and other scalars, on the device."""
-        # World model, and the teacher of its value head
-        model = self.world_model.loss(batch, noise.posterior, self.value_teacher)
+        start, cont, metrics = self.learn_model(batch, noise.posterior, optimizers)
+        metrics["grad/model"] = optimizers.model.apply()
+        metrics |= self.learn_behavior(start, cont, noise.imagination, optimizers)
+        metrics["grad/actor"], metrics["grad/critic"] = optimizers.actor.apply(), optimizers.critic.apply()
+        return metrics
+
+    def learn_model(
+        self, batch: Batch, uniform: Tensor, optimizers: "Optimizers"
+    ) -> tuple[State, Tensor, dict[str, Tensor]]:
+        """The world model's gradient, with the teacher of its value head; `uniform` (B, T, S).
+
+        Returns what behaviour starts from, every posterior state (N, ...) and its true continuation (N,), and losses.
+        """
+        model = self.world_model.loss(batch, uniform, self.value_teacher)
+        optimizers.model.collect(model.total)
         metrics = {f"loss/{name}": part.detach() for name, part in model.parts.items()}
         metrics["loss/model"] = model.total.detach()
-        metrics["grad/model"] = optimizers.model.step(model.total)
-
-        # Behaviour, from every posterior state, and the critic's slow copy: (B, T, ...) -> (N, ...)
+        # (B, T, ...) -> (N, ...)
         start = State(model.posterior.deter.flatten(0, 1), model.posterior.stoch.flatten(0, 1))
-        cont = 1 - batch["is_terminal"].flatten().float()
-        behavior = self.behavior.loss(self.world_model, start, cont, noise.imagination)
-        metrics["grad/actor"] = optimizers.actor.step(behavior.actor, retain_graph=True)
-        metrics["grad/critic"] = optimizers.critic.step(behavior.critic)
+        return start, 1 - batch["is_terminal"].flatten().float(), metrics
+
+    def learn_behavior(
+        self, start: State, cont: Tensor, noise: ImaginationNoise, optimizers: "Optimizers"
+    ) -> dict[str, Tensor]:
+        """The gradients of actor and critic, with the critic's slow copy, from states (N, ...). Returns losses."""
+        behavior = self.behavior.loss(self.world_model, start, cont, noise)
+        optimizers.actor.collect(behavior.actor, retain_graph=True)
+        optimizers.critic.collect(behavior.critic)
         losses = ("actor", "critic")
-        metrics |= {f"{'loss' if k in losses else 'behavior'}/{k}": v for k, v in behavior.parts.items()}
-        return metrics
+        return {f"{'loss' if k in losses else 'behavior'}/{k}": v for k, v in behavior.parts.items()}
 
 
 class Optimizers(NamedTuple):

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from fastdreamer_kernels.adam_step.collect import collect
 from fastdreamer_kernels.ops import Ops
 from torch import Tensor, nn
 
@@ -43,10 +44,9 @@ class Optimizer:
         self.slow = join([copy for copy, _ in pairs]) if pairs else None
         self.grad, self.mean, self.square = (torch.zeros_like(self.param) for _ in range(3))
         self.steps = torch.zeros((), device=self.param.device)
-        self._grads = [torch.as_strided(self.grad, p.shape, p.stride(), p.storage_offset()) for p in self.params]
 
-    def step(self, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
-        """One step down `loss`. Returns the gradient's norm before clipping.
+    def collect(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+        """Takes the gradient of `loss` into `grad`, for `apply` to step by.
 
         Parameters it does not reach count as having a gradient of zero: those it never reaches stay. `retain_graph`:
         another loss's backward pass will need the graph.
@@ -55,7 +55,11 @@ class Optimizer:
             loss, self.params, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
         )
         with torch.no_grad():
-            torch._foreach_copy_(self._grads, grads)  # pyright: ignore
+            collect(self.grad, list(self.params), list(grads))
+
+    def step(self, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
+        """One step down `loss`. Returns the gradient's norm before clipping."""
+        self.collect(loss, retain_graph=retain_graph)
         return self.apply()
 
     def apply(self) -> Tensor:

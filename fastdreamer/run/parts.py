@@ -47,7 +47,9 @@ def make_runtime(config: Config, device: torch.device) -> Runtime:
     precision = run.precision
     if precision == "auto":
         # A tiny network's time goes into starting operations, not into products.
-        narrow = fast_bf16(device) and (device.type == "cuda" or (run.compile and config.size != "tiny"))
+        paying = device.type == "cuda" or (run.compile and config.size != "tiny")
+        # Published Atari scores were made in float32.
+        narrow = fast_bf16(device) and paying and config.preset != "atari"
         precision = "bf16" if narrow else "fp32"
     if precision == "bf16" and device.type == "cuda" and not fast_bf16(device):
         raise BadInput("--precision bf16 needs a GPU of compute capability 8.0 or newer: use --precision fp32.")
@@ -101,7 +103,7 @@ def state_bytes(agent: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors) + 4 * sum(p.numel() * 4 for p in trainable)
 
 
-def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generator) -> Acting:
+def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generator, *, captured: bool = True) -> Acting:
     """The agent's decisions in `count` environments, drawn from `noise`, from their first rows on."""
     return Acting(
         runtime,
@@ -109,6 +111,7 @@ def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generat
         lambda agent, rows, carry: agent.act(rows, carry, agent.draw_act_noise(count, noise)),
         agent.initial_carry(count, runtime.device),
         [noise],
+        captured=captured,
     )
 
 
@@ -177,9 +180,13 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
     def update() -> dict[str, torch.Tensor]:
         batch, noise = batches(), agent.draw_update_noise(generators["learn"])
         with runtime.autocast():
-            return whole(batch, noise, optimizers)
+            return agent.update(batch, noise, optimizers)
 
-    batches, whole = Batches(draw, replay.device, device), runtime.whole(agent.update)
+    # Two graphs: a compiler would clone the parameters that an optimiser changes, and copy them back.
+    plain = {"learn_model": agent.learn_model, "learn_behavior": agent.learn_behavior}
+    for name, fast in runtime.whole(plain).items():
+        setattr(agent, name, fast)
+    batches = Batches(draw, replay.device, device)
     drawn = ("learn",) if batches.ahead else ("learn", "replay")
     learner = Learner(update, runtime=runtime, generators=[generators[name] for name in drawn], advance=batches.advance)
     acting = make_acting(runtime, agent, config.env.envs, generators["act"])
@@ -196,5 +203,4 @@ def make_replay(config: Config, spaces: Spaces, operations: ops.Ops, device: tor
         gather=(operations if near else ops.load("reference")).gather_sequences,
         images=torch.float32 if near else torch.uint8,
         device=device,
-        pin=not near,
     )
