@@ -124,6 +124,9 @@ class BehaviorConfig:
     """Weight of the actor's entropy."""
     actor_gradient: Literal["auto", "dynamics", "reinforce"] = "auto"
     """`auto`: through the model's dynamics for continuous actions, REINFORCE for discrete ones."""
+    imagined_cont: Literal["mode", "probability"] = "mode"
+    """What imagined returns and weights continue by: whether the continue head thinks an episode goes on, or how likely
+    it thinks so; neither passes a gradient on."""
     ema: float = 0.02
     """Rate at which the slow critic follows, per update."""
     return_decay: float = 0.99
@@ -179,8 +182,8 @@ class RunConfig:
     compile: bool = False
     """On a GPU compile the update and capture it as one graph; on a CPU compile its elementwise operations."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of products and convolutions. `auto`: bf16 where the device multiplies it faster; on a CPU with --compile only,
-    from --size XS on."""
+    """Of products and convolutions. `auto`: bf16 where the device multiplies it faster, but for the atari preset; on a
+    CPU with --compile only, from --size XS on."""
 
 
 @dataclass(frozen=True)
@@ -326,6 +329,11 @@ def check(config: Config) -> None:
         raise BadInput("--render fast needs frames: leave it out, or use --obs pixels.")
     if model.batch_norm == "encoder" and env.obs == "vector":
         raise BadInput("--batch-norm encoder is for images: use --obs pixels, or --batch-norm posterior.")
+    if model.batch_norm == "posterior" and config.optim.batch_size == 1:
+        raise BadInput(
+            "--batch-size 1 leaves BatchNorm one row to normalise by, of which nothing is left: use at least 2 (16 is "
+            "usual), or --batch-norm none."
+        )
     if not 0 <= config.seed < MAX_SEED:
         raise BadInput(f"--seed is {config.seed} and must be at least 0 and less than {MAX_SEED}.")
     positive = {

@@ -85,7 +85,10 @@ class Behavior(nn.Module):
         imagined = stacked[1:]
         # No return counts what arrived with the start.
         rewards = torch.cat([torch.zeros_like(cont).unsqueeze(0), model.predict_reward(imagined).mean()])
-        conts = torch.cat([cont.unsqueeze(0), model.predict_cont(imagined).mean()])
+        # Without a gradient: an actor would otherwise be drawn to states whose end the head is surest to deny.
+        predicted = model.predict_cont(imagined.detach())
+        mode = self.config.behavior.imagined_cont == "mode"
+        conts = torch.cat([cont.unsqueeze(0), predicted.mode() if mode else predicted.mean().detach()])
         return Trajectory(stacked, torch.stack(policy), torch.stack(actions), rewards, conts)
 
     def loss(self, model: WorldModel, start: State, cont: Tensor, noise: ImaginationNoise) -> BehaviorLoss:

@@ -116,6 +116,10 @@ class Bernoulli:
     def mean(self) -> Tensor:
         return torch.sigmoid(self.logits)
 
+    def mode(self) -> Tensor:
+        """The likelier of 0 and 1, without a gradient."""
+        return (self.logits > 0).to(self.logits.dtype)
+
     def loss(self, target: Tensor) -> Tensor:
         """Negative log-likelihood (...) of targets (...) in [0, 1]."""
         return F.binary_cross_entropy_with_logits(self.logits, target, reduction="none")

@@ -26,14 +26,23 @@ def initialise(weight: Tensor, fan_in: int, fan_out: int) -> None:
     nn.init.trunc_normal_(weight, 0.0, std, -2 * std, 2 * std)
 
 
+def initialise_output(layer: nn.Linear | nn.ConvTranspose2d, fan_in: int, fan_out: int) -> None:
+    """Of a layer without a norm behind it: uniform with the same variance, and a bias of zero (DreamerV3's code)."""
+    assert layer.bias is not None
+    limit = math.sqrt(6 / (fan_in + fan_out))
+    nn.init.uniform_(layer.weight, -limit, limit)
+    nn.init.zeros_(layer.bias)
+
+
 def linear(inputs: int, outputs: int, *, bias: bool, zero: bool = False) -> nn.Linear:
+    """A layer with a norm behind it, or with a bias. With `zero` it starts by giving zeros."""
     layer = nn.Linear(inputs, outputs, bias)
-    if zero:
-        nn.init.zeros_(layer.weight)
+    if bias:
+        initialise_output(layer, inputs, outputs)
     else:
         initialise(layer.weight, inputs, outputs)
-    if bias:
-        nn.init.zeros_(layer.bias)
+    if zero:
+        nn.init.zeros_(layer.weight)
     return layer
 
 
@@ -173,12 +182,12 @@ class ImageDecoder(nn.Module):
         self.norms = nn.ModuleList()
         for i, o in itertools.pairwise(channels):
             conv = nn.ConvTranspose2d(i, o, 4, 2, 1, bias=o == 3)
-            initialise(conv.weight, i * 16, o * 16)
-            if conv.bias is not None:
-                nn.init.zeros_(conv.bias)
-            self.convs.append(conv)
-            if o != 3:
+            if o == 3:
+                initialise_output(conv, i * 16, o * 16)
+            else:
+                initialise(conv.weight, i * 16, o * 16)
                 self.norms.append(LayerNormAct(o, ops))
+            self.convs.append(conv)
         self.convs.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def forward(self, features: Tensor) -> Tensor:
