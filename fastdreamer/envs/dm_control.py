@@ -1,7 +1,7 @@
 """DeepMind Control through dm_control itself: `--backend dm_control`.
 
-dm_control 1.0.38 with MuJoCo 3.6.0 gives EnvPool 1.2.5's rewards and ends, and its frames to the pixel in most tasks;
-initial states are drawn otherwise, so the same seed is another episode.
+dm_control 1.0.38 with MuJoCo 3.6.0 gives the rewards, ends and frames that `dmc` gives with EnvPool 1.2.5; initial
+states are drawn otherwise, so the same seed is another episode.
 """
 
 from typing import Any
