@@ -94,6 +94,7 @@ class EnvPoolDmc:
             raise BadInput(f"--task {task} is not a DeepMind Control task{nearest(name, ids, 'dmc/')}.")
         self._pixels = config.obs != "vector"
         options: dict[str, Any] = {}
+        edits: list[Callable[[str], str]] = []
         if self._pixels:
             rendering.prepare_envpool(config.render == "fast")
             options = {
@@ -102,9 +103,13 @@ class EnvPoolDmc:
                 "render_height": IMAGE_SIZE,
                 "render_camera_id": camera(name),
             }
+            edits += [rendering.without_tip] if name == "finger_spin" else []
+            edits += [rendering.simplified] if config.render == "fast" else []
         envpool = optional("envpool", task)
-        if self._pixels and config.render == "fast":
-            options["base_path"] = rendering.fast_assets(envpool.make_spec(ids[name]).config.base_path)
+        if edits:
+            options["base_path"] = envpool.make_spec(ids[name]).config.base_path
+        for edit in edits:
+            options["base_path"] = rendering.edited_assets(options["base_path"], edit)
         # A list, so that seeds near the end of EnvPool's 31 bits wrap the same way in every slice.
         seeds = [(seed + first_index + i) % 2**31 for i in range(count)]
         self._pool = envpool.make(ids[name], env_type="gymnasium", num_envs=count, num_threads=1, seed=seeds, **options)

@@ -20,6 +20,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,13 @@ def unusable(error: Exception) -> BadInput:
     )
 
 
-def fast_assets(base_path: str) -> str:
-    """A copy of EnvPool's DeepMind Control models for `--render fast`, to be given to EnvPool as `base_path`.
+def edited_assets(base_path: str, edit: Callable[[str], str]) -> str:
+    """A copy of EnvPool's DeepMind Control models with their XML edited, to be given to EnvPool as `base_path`.
 
     `base_path` is EnvPool's own. The copy is kept in the cache directory under a name that follows from its content.
     """
     source = Path(base_path) / "mujoco" / "assets_dmc"
-    models = {path.relative_to(source): _simplified(path.read_text()) for path in sorted(source.rglob("*.xml"))}
+    models = {path.relative_to(source): edit(path.read_text()) for path in sorted(source.rglob("*.xml"))}
     key = hashlib.sha256(repr((str(source), sorted(map(str, source.iterdir())), sorted(models.items()))).encode())
 
     def write(folder: Path) -> None:
@@ -114,14 +115,20 @@ def fast_assets(base_path: str) -> str:
     return str(cache.computed_once(f"assets-{key.hexdigest()[:20]}", write))
 
 
+def simplified(xml: str) -> str:
+    """A model of EnvPool's for `--render fast`."""
+    return re.sub(r'\bshadowsize="\d+"', 'shadowsize="256" offsamples="0"', xml)
+
+
 def simplify(model: Any) -> None:
-    """Does to dm_control's `physics.model`, before its first frame, what `fast_assets` does to EnvPool's models."""
+    """Does to dm_control's `physics.model`, before its first frame, what `simplified` does to EnvPool's."""
     model.vis.quality.shadowsize = 256
     model.vis.quality.offsamples = 0
 
 
-def _simplified(xml: str) -> str:
-    return re.sub(r'\bshadowsize="\d+"', 'shadowsize="256" offsamples="0"', xml)
+def without_tip(xml: str) -> str:
+    """EnvPool's model for `finger_spin`, where dm_control hides the fingertip's mark and EnvPool colours it instead."""
+    return re.sub(r'<site name="tip" ', r'\g<0>rgba=".5 .5 .5 0" ', xml)
 
 
 def _set_threads(fast: bool) -> None:

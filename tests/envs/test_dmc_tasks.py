@@ -37,8 +37,10 @@ STEPS = 3
 """Decisions after each pose."""
 
 STATE = ("qpos", "qvel", "act", "qacc_warmstart")
-DRAWN = {"geom_pos", "geom_size", "site_pos", "body_pos", "body_quat", "light_pos", "site_rgba"}
+DRAWN = {"geom_pos", "geom_size", "site_pos", "body_pos", "body_quat", "light_pos"}
 """Arrays of a model that tasks draw anew in every episode: where targets are."""
+COLOURED = {"finger_spin": {"site_rgba"}}
+"""Arrays in which the models differ, and frames must not: a mark that dm_control hides, EnvPool colours."""
 
 
 def fresh(function: Callable, *args: Any) -> Any:
@@ -101,7 +103,7 @@ class Pair:
         self.suite.reset()
         self.physics, self.task = self.suite.physics, self.suite.task
         self.act()
-        self._find()
+        self._find(name)
         step = self.env._pool.step
 
         def step_and_pay(*args: Any) -> Any:
@@ -122,10 +124,10 @@ class Pair:
         """dm_control's vector of the state it has now, float32 (V,)."""
         return dmc.vector(self.task.get_observation(self.physics), 1)[0]
 
-    def _find(self) -> None:
+    def _find(self, task: str) -> None:
         """Finds EnvPool's model and state, with which dm_control observes what EnvPool does; takes the model over.
 
-        `drawn`: arrays that the episode has drawn for itself. All others are equal in both backends.
+        `drawn`: arrays that the episode has drawn for itself. All others but `COLOURED` are equal in both backends.
         """
         data, arrays = self.physics.data, arrays_of(self.physics.model.ptr)
         base = min(address(array) for array in arrays.values())
@@ -141,8 +143,8 @@ class Pair:
                     for name, array in arrays.items()
                 }
                 other = {name: theirs[name] for name in arrays if theirs[name].tobytes() != arrays[name].tobytes()}
-                if other.keys() <= DRAWN:
-                    models.append(other)
+                if other.keys() <= DRAWN | COLOURED.get(task, set()):
+                    models.append({name: array for name, array in other.items() if name in DRAWN})
         shown, best = self.out.vector[0], (np.inf, {}, 0)  # pyright: ignore[reportOptionalSubscript]
         kept = {name: array.copy() for name, array in arrays.items() if name in DRAWN}
         for place in places(self.native.tobytes()):
