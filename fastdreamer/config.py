@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 MAX_SEED = 10**9
-"""Seeds lie below; environments of an evaluation are seeded from beyond, within EnvPool's 31 bits."""
+"""Seeds lie below; environments of an evaluation are seeded from beyond."""
 
 
 class BadInput(Exception):

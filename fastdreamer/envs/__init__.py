@@ -6,7 +6,7 @@ module with `build(name, config, seed, count, first_index) -> BatchEnv`. Nothing
 
 import os
 
-from fastdreamer.config import BadInput, EnvConfig
+from fastdreamer.config import MAX_SEED, BadInput, EnvConfig
 from fastdreamer.envs.base import BatchEnv, Spaces, Step, nearest
 from fastdreamer.envs.pool import Environments
 from fastdreamer.envs.protocol import Job
@@ -17,11 +17,11 @@ FAMILIES = ("dmc", "atari", "envpool", "gym", "synthetic")
 
 
 def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -> Environments:
-    """`config.envs` environments of `task`; environment i is seeded with `seed` + i.
+    """`config.envs` environments of `task`; environment i is seeded from `seed` and i, as `episode_seed` says.
 
-    Returns when every worker has built its share. `evaluation` plays `eval_background` behind the frames instead of
-    `background`. Raises BadInput for an unknown task, an observation it lacks, an unsupported space, a missing extra
-    or a missing OpenGL.
+    Returns when every worker has built its share. `evaluation` has seeds that no training has, and plays
+    `eval_background` behind the frames instead of `background`. Raises BadInput for an unknown task, an observation it
+    lacks, an unsupported space, a missing extra or a missing OpenGL.
     """
     family, _, name = task.partition("/")
     if family in FAMILIES and not name:
@@ -30,8 +30,8 @@ def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -
         raise BadInput(
             f"--task {task} is of no known family (dmc/, atari/, envpool/ or gym/){nearest(task, tasks(), '')}."
         )
-    if not 0 <= seed < 2**30:
-        raise BadInput(f"--seed is {seed} and must be at least 0 and less than 2**30.")
+    if not 0 <= seed < MAX_SEED:
+        raise BadInput(f"--seed is {seed} and must be at least 0 and less than {MAX_SEED}.")
     option, folder = (
         ("--eval-background", config.eval_background) if evaluation else ("--background", config.background)
     )
@@ -40,6 +40,7 @@ def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -
         from fastdreamer.envs import background
 
         videos = background.prepare(folder, option)
+    seed += MAX_SEED if evaluation else 0
     return Environments(task, config, seed, workers=worker_count(task, config), videos=videos)
 
 

@@ -18,7 +18,7 @@ _EPISODE_FRAMES = 108_000
 
 
 def build(game: str, config: EnvConfig, seed: int, count: int, first_index: int) -> EnvPoolBatch:
-    """`count` environments of one game; environment i of the run gets seed + i.
+    """`count` environments of one game; environment i of the run is seeded from `seed` and i.
 
     RGB frames, each the maximum of the last two of `action_repeat`; up to 30 no-ops at the start, no sticky actions,
     the game's own action set, a whole game an episode (no end at a lost life), raw rewards, 108,000 frames at most
@@ -34,8 +34,9 @@ def build(game: str, config: EnvConfig, seed: int, count: int, first_index: int)
         task,
         obs="pixels",
         repeat=1,
-        seed=seed + first_index,
+        seed=seed,
         count=count,
+        first_index=first_index,
         threads=min(count, len(os.sched_getaffinity(0))),
         stack_num=1,
         gray_scale=False,

@@ -88,6 +88,15 @@ class BatchEnv(Protocol):
     def close(self) -> None: ...
 
 
+def episode_seed(seed: int, index: int, episode: int = 0) -> int:
+    """Seed of one episode of environment `index` in a run seeded `seed`: 0 <= result < 2**31.
+
+    Unrelated for neighbouring arguments, so that runs share no episode. Where an environment is seeded once, as in
+    EnvPool, it goes on from its episode 0.
+    """
+    return int(np.random.SeedSequence([seed, index, episode]).generate_state(1)[0] >> 1)
+
+
 def optional(module: str, task: str, extra: str = "envs") -> ModuleType:
     """Imports a package that only some tasks need. Raises BadInput where it is not installed."""
     try:

@@ -12,7 +12,7 @@ import numpy as np
 from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs import rendering
 from fastdreamer.envs.background import Playback, Videos
-from fastdreamer.envs.base import IMAGE_SIZE, BatchEnv, Spaces, Step, nearest, optional
+from fastdreamer.envs.base import IMAGE_SIZE, BatchEnv, Spaces, Step, episode_seed, nearest, optional
 from fastdreamer.envs.dmc_task import Actions, camera, vector
 
 # EnvPool's dictionaries are per domain; these entries belong to another task of the domain: zeros, or not in its
@@ -110,8 +110,7 @@ class EnvPoolDmc:
             options["base_path"] = envpool.make_spec(ids[name]).config.base_path
         for edit in edits:
             options["base_path"] = rendering.edited_assets(options["base_path"], edit)
-        # A list, so that seeds near the end of EnvPool's 31 bits wrap the same way in every slice.
-        seeds = [(seed + first_index + i) % 2**31 for i in range(count)]
+        seeds = [episode_seed(seed, first_index + i) for i in range(count)]
         self._pool = envpool.make(ids[name], env_type="gymnasium", num_envs=count, num_threads=1, seed=seeds, **options)
         self._actions = Actions(self._pool.action_space.low, self._pool.action_space.high)
         self._repeat = config.action_repeat

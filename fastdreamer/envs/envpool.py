@@ -7,7 +7,7 @@ import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs.adapt import SpaceAdapter
-from fastdreamer.envs.base import Step, nearest, optional
+from fastdreamer.envs.base import Step, episode_seed, nearest, optional
 
 
 def ids() -> list[str]:
@@ -16,7 +16,7 @@ def ids() -> list[str]:
 
 
 def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int) -> "EnvPoolBatch":
-    """`envpool/<name>`; environment i of the run gets seed + i. Raises BadInput for an unknown name."""
+    """`envpool/<name>`; environment i of the run is seeded from `seed` and i. Raises BadInput for an unknown name."""
     task = f"envpool/{name}"
     pool = optional("envpool", task)
     if name not in pool.list_all_envs():
@@ -27,12 +27,19 @@ def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int)
     if spec.max_num_players > 1:
         raise BadInput(f"--task {task} has {spec.max_num_players} players, and one is served: choose another.")
     return EnvPoolBatch(
-        name, task, obs=config.obs, repeat=config.action_repeat, seed=seed + first_index, count=count, **newest
+        name,
+        task,
+        obs=config.obs,
+        repeat=config.action_repeat,
+        seed=seed,
+        count=count,
+        first_index=first_index,
+        **newest,
     )
 
 
 class EnvPoolBatch:
-    """`count` environments of one EnvPool, environment i seeded with `seed` + i.
+    """Environments `first_index` to `first_index + count - 1` of a run, in one EnvPool.
 
     `repeat` holds each action and sums the rewards; an environment whose episode ends is not stepped on. The facts
     about EnvPool 1.2.5 that decide how this reads: without a seed it is always 42, and `reset(seed=)` is ignored; the
@@ -41,10 +48,21 @@ class EnvPoolBatch:
     """
 
     def __init__(
-        self, name: str, task: str, *, obs: str, repeat: int, seed: int, count: int, threads: int = 1, **options: Any
+        self,
+        name: str,
+        task: str,
+        *,
+        obs: str,
+        repeat: int,
+        seed: int,
+        count: int,
+        first_index: int = 0,
+        threads: int = 1,
+        **options: Any,
     ) -> None:
         envpool = optional("envpool", task)
-        self._pool = envpool.make(name, env_type="gymnasium", num_envs=count, seed=seed, num_threads=threads, **options)
+        options |= {"seed": [episode_seed(seed, first_index + i) for i in range(count)], "num_threads": threads}
+        self._pool = envpool.make(name, env_type="gymnasium", num_envs=count, **options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about bounds that a cast to float32 makes infinite
             self._adapter = SpaceAdapter(self._pool.observation_space, self._pool.action_space, obs, task)

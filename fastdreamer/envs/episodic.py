@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from fastdreamer.envs.base import Spaces, Step
+from fastdreamer.envs.base import Spaces, Step, episode_seed
 
 Observation = tuple[np.ndarray | None, np.ndarray | None]
 """Image uint8 (3, 64, 64) or None, vector float32 (V,) or None."""
@@ -35,11 +35,6 @@ class SingleEnv(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-def episode_seed(seed: int, index: int, episode: int) -> int:
-    """Seed of one episode, 0 <= result < 2**31; unrelated for neighbouring arguments."""
-    return int(np.random.SeedSequence([seed, index, episode]).generate_state(1)[0] >> 1)
 
 
 class EpisodicBatch:

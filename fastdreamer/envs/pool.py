@@ -27,6 +27,9 @@ _LOG = logging.getLogger("fastdreamer.envs")
 _START_TIMEOUT = 60.0
 """Seconds that building and the first reset may always take: imports and compiled models are slow on a busy machine."""
 
+_SEEDING = 2
+"""Part of a state: raise it when the same seed gives other environments. 1: EnvPool's had seed + i."""
+
 _MAX_DEATHS = 3
 """Deaths of one worker in a row, without a step between them, after which the fault is the environment's."""
 
@@ -44,6 +47,7 @@ class _Group:
         self.generation = 0  # processes with a seed of their own before this one
         self.deaths = 0  # in a row
         self.journal: Journal | None = None
+        self.episodic = False  # each episode is seeded by itself
         self._memory = memory
         self.launch()
 
@@ -76,7 +80,7 @@ class _Group:
     def built(self) -> Spaces:
         message = self._receive(self.patience)
         assert isinstance(message, Built)
-        self.journal = Journal(self.job.count, message.spaces, message.episodic)
+        self.journal, self.episodic = Journal(self.job.count, message.spaces, message.episodic), message.episodic
         return message.spaces
 
     def begin(self, past: Replay | None = None) -> None:
@@ -239,7 +243,7 @@ class Environments:
         return (
             {name: np.array(column, np.int64) for name, column in columns.items()}
             | {"episode": episode, "start": start, "checksum": _checksum(self._last), "pending": pending.copy()}
-            | {"owed": np.array(self._owed), "restarts": np.array(self.restarts)}
+            | {"owed": np.array(self._owed), "restarts": np.array(self.restarts), "seeding": np.array(_SEEDING)}
             | actions
         )
 
@@ -248,8 +252,9 @@ class Environments:
 
         Actions are replayed, without rendering where frames are rendered apart; that takes as long as stepping did.
         Returns the environments that could not be brought back (forgotten actions, or a last row unlike that of
-        before, in them or in another of their worker): their next rows are `is_first`, under a new seed. Raises
-        BadInput where the state is of other environments.
+        before, in them or in another of their worker; EnvPool's also where the state is of a version that seeded
+        them otherwise): their next rows are `is_first`, under a new seed. Raises BadInput where the state is of other
+        environments.
         """
         if len(state["episode"]) != self.num_envs or state["pending"].shape[1:] != (self.spaces.action,):
             raise BadInput(
@@ -259,11 +264,12 @@ class Environments:
             )
         self._regroup(state)
         self.restarts, self._owed = int(state["restarts"]), bool(state["owed"])
+        seeded_alike = int(state.get("seeding", 1)) == _SEEDING
         replayed, strays = [], []
         for k, group in enumerate(self._groups):
             if state["fresh"][k]:
                 continue
-            if state["lost"][k]:
+            if state["lost"][k] or not (seeded_alike or group.episodic):
                 strays.append(group)
                 continue
             part = group.job.slice

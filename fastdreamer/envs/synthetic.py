@@ -6,14 +6,14 @@
 import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig
-from fastdreamer.envs.base import IMAGE_SIZE, Spaces, Step
+from fastdreamer.envs.base import IMAGE_SIZE, Spaces, Step, episode_seed
 
 ACTIONS = {"continuous": 6, "discrete": 18}
 VECTOR = 24
 EPISODE = 500
 """Decisions of an episode. Environments begin theirs at different times, as real ones end them."""
 FRAMES = 64
-"""Different frames, drawn once and shown in turn."""
+"""Different frames, vectors and rewards, drawn once and shown in turn."""
 
 
 class Synthetic:
@@ -22,10 +22,15 @@ class Synthetic:
     def __init__(self, name: str, config: EnvConfig, seed: int, count: int, first_index: int):
         image, vector = config.obs != "vector", VECTOR if config.obs != "pixels" else 0
         self.spaces = Spaces(image, vector, ACTIONS[name], name == "discrete")
-        self.rng = np.random.default_rng([seed, first_index])
-        self.frames = self.rng.integers(0, 256, (FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
-        self.length = self.rng.integers(EPISODE, size=count)
-        self.steps = 0
+        own = [np.random.default_rng(episode_seed(seed, first_index + i)) for i in range(count)]
+        # Frames are large: environments show the same ones, each beginning elsewhere.
+        frames = np.random.default_rng(seed).integers(0, 256, (FRAMES, 3, IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+        self.frames = frames if image else None
+        self.shown = np.array([rng.integers(FRAMES) for rng in own])
+        self.vectors = np.stack([rng.standard_normal((FRAMES, vector), np.float32) for rng in own])
+        self.rewards = np.stack([rng.random(FRAMES) for rng in own])
+        self.length = np.array([rng.integers(EPISODE) for rng in own])
+        self.terminal = np.array([rng.random() < 0.5 for rng in own])
 
     def reset(self, out: Step) -> None:
         self._write(out, np.ones(len(self.length), bool))
@@ -34,7 +39,7 @@ class Synthetic:
         self._write(out, self._move())
 
     def skip(self, action: np.ndarray) -> None:
-        self._write(Step.empty(len(self.length), self.spaces), self._move())
+        self._move()
 
     def close(self) -> None:
         pass
@@ -42,19 +47,20 @@ class Synthetic:
     def _move(self) -> np.ndarray:
         """Which environments begin an episode with the next row."""
         first = self.length == EPISODE
-        self.steps, self.length = self.steps + 1, np.where(first, 0, self.length + 1)
+        self.shown = (self.shown + 1) % FRAMES
+        self.length = np.where(first, 0, self.length + 1)
+        self.terminal ^= first  # every other end is a true one
         return first
 
     def _write(self, out: Step, first: np.ndarray) -> None:
-        count = len(first)
-        if out.image is not None:
-            out.image[:] = self.frames[(self.steps + np.arange(count)) % FRAMES]
+        each = np.arange(len(first))
+        if out.image is not None and self.frames is not None:
+            out.image[:] = self.frames[self.shown]
         if out.vector is not None:
-            out.vector[:] = self.rng.standard_normal(out.vector.shape)
-        out.reward[:] = np.where(first, 0, self.rng.random(count))
+            out.vector[:] = self.vectors[each, self.shown]
+        out.reward[:] = np.where(first, 0, self.rewards[each, self.shown])
         out.is_first[:], out.is_last[:] = first, self.length == EPISODE
-        # Every other end is a true one.
-        out.is_terminal[:] = out.is_last & (self.rng.random(count) < 0.5)
+        out.is_terminal[:] = out.is_last & self.terminal
 
 
 def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int) -> Synthetic:

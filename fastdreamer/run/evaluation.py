@@ -20,8 +20,6 @@ from fastdreamer.run.records import read_run
 from fastdreamer.runtime.device import generator
 from fastdreamer.runtime.graphs import Runtime
 
-SEED_OFFSET = 1_000_000
-"""Evaluation seeds lie this far from training seeds, so that no episode is one that was trained on."""
 NOISE_STREAM, DREAM_STREAM = 100, 101
 """Streams of randomness that evaluation and dreams draw from; training's are below them."""
 DREAM_ROWS, DREAM_LENGTH, DREAM_CONTEXT = 4, 50, 5
@@ -54,8 +52,9 @@ def evaluate(
 ) -> Evaluation | None:
     """Runs `episodes` whole episodes with actions sampled from the policy; training's own state is left alone.
 
-    Every environment runs a fixed share of them, so that short episodes are not over-represented. The first episode
-    of each of the first few environments is recorded. None where `stopped` comes true before the end.
+    Every environment runs a fixed share of them, so that short episodes are not over-represented; none is seeded as
+    one of training is. The first episode of each of the first few environments is recorded. None where `stopped` comes
+    true before the end.
     """
     count = min(config.env.envs, episodes)
     share = [episodes // count + (i < episodes % count) for i in range(count)]
@@ -63,7 +62,7 @@ def evaluate(
     recorded: list[list[dict[str, np.ndarray]]] = [[] for _ in range(min(count, DREAM_ROWS))]
     noise = generator(runtime.device, config.seed, NOISE_STREAM)
     env = replace(config.env, envs=count)
-    with envs.make(config.task, env, config.seed + SEED_OFFSET, evaluation=True) as environments:
+    with envs.make(config.task, env, config.seed, evaluation=True) as environments:
         total = np.zeros(count)
         acting = make_acting(runtime, agent, count, noise, captured=False)
         while not stopped():

@@ -115,11 +115,9 @@ class TestEnvPool:
         taken = actions(Spaces(True, 0, 3, True), 30, 6)
         together = play(envpool.build("Catch-v0", config, seed=7, count=6, first_index=0), taken)
         apart = play(envpool.build("Catch-v0", config, seed=7, count=4, first_index=2), taken[:, 2:])
-        moved = play(envpool.build("Catch-v0", config, seed=9, count=4, first_index=0), taken[:, 2:])
         unlike = play(envpool.build("Catch-v0", config, seed=42, count=6, first_index=0), taken)
-        for whole, part, shifted in zip(together, apart, moved, strict=True):
+        for whole, part in zip(together, apart, strict=True):
             assert np.array_equal(whole.image[2:], part.image)  # type: ignore[index]
-            assert equal(part, shifted)
         assert not all(map(equal, together, unlike))
 
     def test_continuous_actions_are_rescaled(self):
@@ -144,9 +142,9 @@ class TestAtari:
         config = batch._pool.spec.config
         for name, value in {"frame_skip": 4, "noop_max": 30, "use_fire_reset": False, "episodic_life": False,
                             "reward_clip": False, "repeat_action_probability": 0.0, "full_action_space": False,
-                            "max_episode_steps": 27_000, "seed": 3}.items():  # fmt: skip
+                            "max_episode_steps": 27_000}.items():  # fmt: skip
             assert getattr(config, name) == value, name
-        rows = play(batch, actions(batch.spaces, 60, 1))
+        rows = play(batch, actions(batch.spaces, 100, 1))
         assert rows[0].is_first.all()
         frame = rows[60].image
         assert frame is not None
