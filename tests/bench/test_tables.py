@@ -12,6 +12,7 @@ from bench import tables
 
 ROOT = Path(__file__).parents[2]
 CPU, OTHER, GPU = "Some-CPU-2-cores", "Other-CPU-64-cores", "Some-GPU"
+THIRD = "Third-CPU-4-cores"
 UPDATE = {"eager fp32": 1.0, "compiled fp32": 0.87, "compiled bf16": 0.4567}
 DECISION = {"eager fp32": 1.0, "compiled fp32": 0.031}
 TEXT = "# A title\n\n<!-- bench: scaling B -->\n<!-- end of bench -->\n\nThe end, 0.87.\n"
@@ -47,12 +48,16 @@ def store(folder: Path, module: str, results: list[dict[str, Any]], device: str 
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository with results of two CPUs, one of which its documents show; they have no marks yet."""
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "SHOWN", CPU)
+    monkeypatch.setattr(tables, "SHOWN", (CPU, THIRD))
     here = tmp_path / "bench/results" / CPU
     decisions = [result for n in (1, 16) for result in group(f"decision in {n}, size S", DECISION)]
     store(here, "update", [*group("update, size S", UPDATE), *decisions])
     store(here, "scaling", [*along("B", {16: 1, 8: 0.55, 32: 1.9}), *along("size", {"XS": 1, "S": 3, "M": 123.4})])
     store(tmp_path / "bench/results" / OTHER, "loop", group("turn", {"updates alone": 1.0, "whole": 1.2}), OTHER)
+    store(
+        tmp_path / "bench/results" / THIRD, "update", group("update, size S", {"eager fp32": 1.0, "other": 0.3}), THIRD
+    )
+    store(tmp_path / "bench/results" / THIRD, "startup", group("start", {"eager": 1.0, "cold": 3.0}), THIRD)
     for name in tables.DOCUMENTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("Nothing here.\n")
@@ -242,3 +247,8 @@ def test_no_results_and_no_document(repository, capsys):
     (repository / "README.md").unlink()
     assert bench("--check") == 2
     assert capsys.readouterr().err.startswith(f"error: --check: {repository}/README.md cannot be used")
+
+
+def test_documents_show_the_first_device_that_has_a_name(repository: Path) -> None:
+    assert any("0.46" in line for line in shown(repository, "update: update, size S"))
+    assert any("Third-CPU" in line for line in shown(repository, "startup"))
