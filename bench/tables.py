@@ -193,8 +193,7 @@ def documents(modules: Iterable[Module], *, write: bool) -> list[str]:
 
     Raises BadInput where a document cannot be read or written.
     """
-    stored = list(modules)
-    shown = [module for device in reversed(SHOWN) for module in stored if module.device == device]
+    shown = sorted((m for m in modules if m.device in SHOWN), key=lambda m: SHOWN.index(m.device), reverse=True)
     named = {name: tables(module, results) for module in shown for name, results in module.named().items()}
     differences = []
     for path in (ROOT / name for name in DOCUMENTS):
@@ -219,9 +218,7 @@ def document(named: dict[str, str], text: str) -> tuple[str, list[str]]:
         if start["name"] is None or end is None or end["name"] is not None:
             return text, [f"{where}: one `<!-- end of bench -->` belongs behind each `<!-- bench: NAME -->`."]
         if start["name"] not in named:
-            differences.append(
-                f"{where}: no such results of {' or '.join(SHOWN)}: `python bench/tables.py` prints all."
-            )
+            differences.append(f"{where}: SHOWN's devices have no such results: `python bench/tables.py` prints all.")
             continue
         wanted = f"\n\n{named[start['name']]}\n\n"
         if text[start.end() : end.start()] != wanted:

@@ -54,10 +54,6 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     store(here, "update", [*group("update, size S", UPDATE), *decisions])
     store(here, "scaling", [*along("B", {16: 1, 8: 0.55, 32: 1.9}), *along("size", {"XS": 1, "S": 3, "M": 123.4})])
     store(tmp_path / "bench/results" / OTHER, "loop", group("turn", {"updates alone": 1.0, "whole": 1.2}), OTHER)
-    store(
-        tmp_path / "bench/results" / THIRD, "update", group("update, size S", {"eager fp32": 1.0, "other": 0.3}), THIRD
-    )
-    store(tmp_path / "bench/results" / THIRD, "startup", group("start", {"eager": 1.0, "cold": 3.0}), THIRD)
     for name in tables.DOCUMENTS:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("Nothing here.\n")
@@ -250,5 +246,8 @@ def test_no_results_and_no_document(repository, capsys):
 
 
 def test_documents_show_the_first_device_that_has_a_name(repository: Path) -> None:
+    folder = repository / "bench/results" / THIRD
+    store(folder, "update", group("update, size S", {"eager fp32": 1.0, "other": 0.3}), THIRD)
+    store(folder, "startup", group("start", {"eager": 1.0, "cold": 3.0}), THIRD)
     assert any("0.46" in line for line in shown(repository, "update: update, size S"))
     assert any("Third-CPU" in line for line in shown(repository, "startup"))
