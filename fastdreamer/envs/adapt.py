@@ -3,12 +3,14 @@
 Serves one environment (a batch of one) and EnvPool's batches alike.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from fastdreamer.config import BadInput
-from fastdreamer.envs.base import IMAGE_SIZE, Spaces
+from fastdreamer.envs.base import IMAGE_SIZE, Fault, NotFinite, Spaces
 
 
 class SpaceAdapter:
@@ -23,16 +25,14 @@ class SpaceAdapter:
     """
 
     def __init__(self, observation_space: Any, action_space: Any, obs: str, task: str) -> None:
-        images: list[tuple[str, ...]] = []
-        vectors: dict[tuple[str, ...], int] = {}
-        self._bounds: tuple[float, float] | None = None
+        images: list[_Part] = []
+        vectors: list[_Part] = []
         for key, space in _leaves(observation_space):
             kind = _kind(space, obs)
             if kind == "image":
-                images.append(key)
-                self._bounds = None if space.dtype == np.uint8 else _bounds(space)
+                images.append(_Part(key, space.shape, space.dtype, (0, 255) if _byte(space) else _bounds(space)))
             elif kind == "vector":
-                vectors[key] = int(np.prod(space.shape))
+                vectors.append(_Part(key, space.shape, space.dtype))
             elif not key or obs != "pixels":
                 raise BadInput(
                     f"--task {task} has the observation space {_name(space)}{_at(key)}, and only Box (as image HxWx3, "
@@ -47,42 +47,101 @@ class SpaceAdapter:
         if obs != "pixels" and not vectors:
             raise BadInput(f"--obs {obs} needs a vector and --task {task} has none; use --obs pixels.")
         if obs != "vector" and len(images) > 1:
-            names = ", ".join("/".join(key) for key in images)
+            names = ", ".join("/".join(image.key) for image in images)
             raise BadInput(f"--task {task} has several images ({names}): wrap the environment so that it gives one.")
+        self._task = task
         self._image = images[0] if obs != "vector" else None
-        self._vectors = sorted(vectors) if obs != "pixels" else []
+        self._vectors = vectors if obs != "pixels" else []
         self._action = _ActionAdapter(action_space, task)
         self.spaces = Spaces(
             image=self._image is not None,
-            vector=sum(vectors[key] for key in self._vectors),
+            vector=sum(int(np.prod(part.shape)) for part in self._vectors),
             action=self._action.size,
             discrete=self._action.discrete,
         )
 
-    def image(self, observation: Any) -> np.ndarray | None:
-        """Native batch of n observations -> uint8, broadcastable to (n, 3, 64, 64)."""
+    def image(self, observation: Any, when: str = "") -> np.ndarray | None:
+        """Native batch of n observations -> uint8, broadcastable to (n, 3, 64, 64).
+
+        Raises Fault for one that its space does not allow; the sentence says `when` it was shown.
+        """
         if self._image is None:
             return None
-        frames = np.asarray(_pick(observation, self._image))
-        if self._bounds is not None:
-            low, high = self._bounds
-            frames = np.rint(np.clip((frames - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+        frames = self._read(self._image, observation, when)
+        if not _byte(self._image):
+            low, high = self._image.bounds or (0, 255)
+            frames = np.rint(np.clip((frames - low) / (high - low), 0, 1) * 255)
+        frames = frames.astype(np.uint8, copy=False)
         if frames.ndim == 3:
             frames = frames[..., None]
         elif frames.shape[-1] not in (1, 3):
             frames = frames.transpose(0, 2, 3, 1)
         return _resize(frames).transpose(0, 3, 1, 2)
 
-    def vector(self, observation: Any) -> np.ndarray | None:
-        """Native batch of n observations -> float32 (n, V)."""
+    def vector(self, observation: Any, when: str = "") -> np.ndarray | None:
+        """Native batch of n observations -> float32 (n, V). Raises Fault as `image` does."""
         if not self._vectors:
             return None
-        parts = [np.asarray(_pick(observation, key), np.float32) for key in self._vectors]
-        return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+        parts = [self._read(part, observation, when).astype(np.float32, copy=False) for part in self._vectors]
+        vector = np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+        if not np.isfinite(vector).all():
+            (part, *_) = (one for one, seen in zip(self._vectors, parts, strict=True) if not np.isfinite(seen).all())
+            raise self._fault(_not_finite(part), when)
+        return vector
 
     def action(self, action: np.ndarray) -> np.ndarray:
         """float32 (n, A) -> a native batch: int64 (n,), or the Box's dtype (n, *its shape)."""
         return self._action(action)
+
+    def _read(self, part: "_Part", observation: Any, when: str) -> np.ndarray:
+        try:
+            return part.read(observation)
+        except Fault as fault:
+            raise self._fault(fault, when) from None
+
+    def _fault(self, fault: Fault, when: str) -> Fault:
+        return type(fault)(f"--task {self._task} shows {fault}{when}: mend the environment, or wrap it.")
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A Box that goes into a row: what its space says of it. `bounds` (lowest, highest) are checked where given."""
+
+    key: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    bounds: tuple[float, float] | None = None
+
+    def read(self, observation: Any) -> np.ndarray:
+        """This part of a native batch of n observations, (n, *shape). Raises Fault where its space does not allow it.
+
+        The message is the middle of a sentence. Bytes where the space says bytes cost no look at their values.
+        """
+        for name in self.key:
+            if not isinstance(observation, Mapping) or name not in observation:
+                raise Fault(f"an observation without {'/'.join(self.key)}, which its space has")
+            observation = observation[name]
+        array = np.asarray(observation)
+        if array.shape[1:] != self.shape or not array.ndim:
+            raise Fault(f"an observation{_at(self.key)} of shape {array.shape[1:]}, and its space says {self.shape}")
+        # A space of floats may show whole numbers; one of whole numbers that shows floats means other units.
+        if array.dtype.kind not in ("biu" if self.dtype.kind in "biu" else "biuf"):
+            raise Fault(f"an observation{_at(self.key)} of type {array.dtype}, and its space says {self.dtype}")
+        if self.bounds is not None and not (array.dtype == self.dtype == np.uint8):
+            low, high, slack = *self.bounds, 1e-3 * (self.bounds[1] - self.bounds[0])
+            least, most = float(array.min()), float(array.max())
+            if not np.isfinite([least, most]).all():
+                raise _not_finite(self)
+            if least < low - slack or most > high + slack:
+                raise Fault(
+                    f"an observation{_at(self.key)} from {least:.6g} to {most:.6g}, and its space says "
+                    f"{low:.6g} to {high:.6g}"
+                )
+        return array
+
+
+def _not_finite(part: _Part) -> NotFinite:
+    return NotFinite(f"an observation{_at(part.key)} that is not finite")
 
 
 class _ActionAdapter:
@@ -118,7 +177,7 @@ def _leaves(space: Any, key: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...]
 def _kind(space: Any, obs: str) -> str | None:
     if type(space).__name__ != "Box":
         return None
-    shape, byte = space.shape, space.dtype == np.uint8
+    shape, byte = space.shape, _byte(space)
     if len(shape) == 2:
         grid = not byte and obs == "pixels" and _bounds(space) is not None
         return "image" if byte or grid else "vector"
@@ -134,10 +193,8 @@ def _bounds(space: Any) -> tuple[float, float] | None:
     return (low, high) if high > low and max(abs(low), abs(high)) < 1e9 else None
 
 
-def _pick(observation: Any, key: tuple[str, ...]) -> Any:
-    for name in key:
-        observation = observation[name]
-    return observation
+def _byte(space: Any) -> bool:
+    return space.dtype == np.uint8
 
 
 def _resize(frames: np.ndarray) -> np.ndarray:

@@ -18,6 +18,14 @@ IMAGE_SIZE = 64
 """Height and width of every image observation, in pixels (the encoder's four stride-2 convolutions expect it)."""
 
 
+class Fault(BadInput):
+    """What is wrong with an environment that was built and runs. What a run did before is sound, and can be saved."""
+
+
+class NotFinite(Fault):
+    """An observation or a reward of an environment is NaN or infinite."""
+
+
 @dataclass(frozen=True)
 class Spaces:
     """Shapes of one environment's observation and action.

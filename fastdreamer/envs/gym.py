@@ -1,13 +1,14 @@
 """A user's own Gymnasium environment: `gym/<Id>`, or `gym/<module>:<Id>` where importing `module` registers it."""
 
 import importlib
+import math
 from typing import Any
 
 import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs.adapt import SpaceAdapter
-from fastdreamer.envs.base import Spaces, nearest, optional
+from fastdreamer.envs.base import NotFinite, Spaces, nearest, optional
 from fastdreamer.envs.episodic import EpisodicBatch, Observation
 
 
@@ -45,7 +46,7 @@ def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int)
             raise BadInput(f"--task {task} needs a package that is not installed: {error}") from None
         except gymnasium.error.Error as error:
             raise BadInput(f"--task {task} cannot be made by Gymnasium ({error}): mend the name.") from None
-        return GymEnv(env, task, config)
+        return GymEnv(env, task, config, index)
 
     return EpisodicBatch(make, seed, count, first_index)
 
@@ -53,8 +54,9 @@ def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int)
 class GymEnv:
     """A Gymnasium environment as a `SingleEnv`: each action is held for `action_repeat` frames, rewards are summed."""
 
-    def __init__(self, env: Any, task: str, config: EnvConfig) -> None:
-        self._env, self._repeat = env, config.action_repeat
+    def __init__(self, env: Any, task: str, config: EnvConfig, index: int) -> None:
+        self._env, self._repeat, self._task, self._index = env, config.action_repeat, task, index
+        self._steps = 0  # of this episode
         self._adapter = SpaceAdapter(env.observation_space, env.action_space, config.obs, task)
 
     @property
@@ -62,6 +64,7 @@ class GymEnv:
         return self._adapter.spaces
 
     def reset(self, seed: int) -> Observation:
+        self._steps = 0
         observation, _ = self._env.reset(seed=seed)
         return self._observe(observation)
 
@@ -73,17 +76,24 @@ class GymEnv:
         for _ in range(self._repeat):
             observation, reward, terminated, truncated, _ = self._env.step(native)
             total += float(reward)
+            self._steps += 1
             if terminated or truncated:
                 break
+        if not math.isfinite(total):
+            raise NotFinite(f"--task {self._task} gives a reward that is {total}{self._when}: mend the environment.")
         image, vector = self._observe(observation) if render else (None, None)
         return image, vector, total, bool(terminated or truncated), bool(terminated)
 
     def close(self) -> None:
         self._env.close()
 
+    @property
+    def _when(self) -> str:
+        return f" (environment {self._index}, step {self._steps} of an episode)"
+
     def _observe(self, observation: Any) -> Observation:
         batch = _batch_of_one(observation)
-        image, vector = self._adapter.image(batch), self._adapter.vector(batch)
+        image, vector = self._adapter.image(batch, self._when), self._adapter.vector(batch, self._when)
         return None if image is None else image[0], None if vector is None else vector[0]
 
 

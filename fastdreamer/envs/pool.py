@@ -133,7 +133,7 @@ class _Group:
             self._end(patience=1)
             raise _Died(f"ended ({_status(self._process.returncode)})") from None
         if isinstance(message, Refused):
-            raise BadInput(message.reason)
+            raise message.kind(message.reason)
         return message
 
 
@@ -203,12 +203,6 @@ class Environments:
         for group in self._groups:
             self._await(group, deadline)
         _copy(self._shared, self._last)
-        for shown in (self._last.vector, self._last.reward):
-            if shown is not None and not np.isfinite(shown).all():
-                raise BadInput(
-                    f"--task {self._groups[0].job.task} gave an observation or a reward that is not a finite number: "
-                    "mend the environment."
-                )
         for group in self._groups:
             if not group.fresh:
                 assert self._action is not None

@@ -1,8 +1,8 @@
 """What the trainer's process and an environment worker say to each other.
 
 Over a pipe go short messages; observations and actions lie in memory that both map. Trainer: a `Job`, then a `Replay`
-or None, then "step" as often as it likes. Worker: `Built` (or `Refused`), then "row" each time its rows are written;
-"alive" now and then during a long replay.
+or None, then "step" as often as it likes. Worker: `Built`, then "row" each time its rows are written; "alive" now and
+then during a long replay; `Refused` instead of any of them where it cannot go on.
 """
 
 import mmap
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdreamer.config import EnvConfig
+from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs.base import Spaces, Step
 
 _ALIGN = 64
@@ -43,7 +43,8 @@ class Built:
 
 @dataclass(frozen=True)
 class Refused:
-    reason: str  # message of a BadInput
+    reason: str  # its message
+    kind: type[BadInput]
 
 
 @dataclass(frozen=True)

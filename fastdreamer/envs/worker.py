@@ -16,7 +16,7 @@ import numpy as np
 
 from fastdreamer.config import BadInput
 from fastdreamer.envs import build
-from fastdreamer.envs.base import BatchEnv, Spaces, Step
+from fastdreamer.envs.base import BatchEnv, NotFinite, Spaces, Step
 from fastdreamer.envs.episodic import EpisodicBatch
 from fastdreamer.envs.protocol import Built, Job, Refused, Replay, attach, expand, rows
 
@@ -34,20 +34,32 @@ def serve(pipe: Connection, memory: int) -> None:
         out, action = rows(shown, job.slice), taken[job.slice]
         if replay is None:
             batch.reset(out)
-            out.action[:] = 0
+            _complete(out, None, job)
         else:
-            _replay(batch, replay, out, pipe, beat=min(5.0, job.config.timeout / 4))
-    except BadInput as refusal:
-        pipe.send(Refused(str(refusal)))
-        return
-    pipe.send("row")
-    while pipe.recv() == "step":
-        batch.step(action, out)
-        _record_action(action, out)
+            _replay(batch, replay, out, pipe, job, beat=min(5.0, job.config.timeout / 4))
         pipe.send("row")
+        while pipe.recv() == "step":
+            batch.step(action, out)
+            _complete(out, action, job)
+            pipe.send("row")
+    except BadInput as refusal:
+        pipe.send(Refused(str(refusal), type(refusal)))
 
 
-def _replay(batch: BatchEnv, replay: Replay, out: Step, pipe: Connection, beat: float) -> None:
+def _complete(out: Step, action: np.ndarray | None, job: Job) -> None:
+    """Adds the `action` that led to rows (None: they are first ones). Raises NotFinite, whatever the environment."""
+    out.action[:] = 0 if action is None else action
+    out.action[out.is_first] = 0
+    for what, shown in (("an observation", out.vector), ("a reward", out.reward)):
+        if shown is not None and not np.isfinite(shown).all():
+            i = int(np.flatnonzero(~np.isfinite(shown).reshape(len(shown), -1).all(1))[0])
+            raise NotFinite(
+                f"--task {job.task} shows {what} that is not finite (environment {job.first_index + i}): mend the "
+                "environment, or wrap it."
+            )
+
+
+def _replay(batch: BatchEnv, replay: Replay, out: Step, pipe: Connection, job: Job, beat: float) -> None:
     """Takes past actions without rendering, except the last, whose rows are written."""
     spaces: Spaces = batch.spaces
     begins: dict[int, list[int]] = {}
@@ -62,21 +74,16 @@ def _replay(batch: BatchEnv, replay: Replay, out: Step, pipe: Connection, beat: 
                 out.action[i] = 0
         elif t == 0:
             batch.reset(out)
-            out.action[:] = 0
+            _complete(out, None, job)
         if t < length - 1:
             batch.skip(expand(replay.actions[t], spaces))
         elif t == length - 1:
             action = expand(replay.actions[t], spaces)
             batch.step(action, out)
-            _record_action(action, out)
+            _complete(out, action, job)
         if time.monotonic() - said > beat:
             said = time.monotonic()
             pipe.send("alive")
-
-
-def _record_action(action: np.ndarray, out: Step) -> None:
-    out.action[:] = action
-    out.action[out.is_first] = 0
 
 
 def _die_with(parent: int) -> None:

@@ -1,0 +1,54 @@
+"""Gymnasium environments that go wrong, each in one way, registered when this module is imported."""
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+
+class Healthy(gymnasium.Env):
+    """Six steps of four numbers."""
+
+    observation_space: spaces.Space = spaces.Box(-1, 1, (4,), np.float32)
+    action_space = spaces.Discrete(3)
+    limit, t = 6, 0
+
+    def show(self) -> Any:
+        return self.np_random.uniform(-1, 1, 4).astype(np.float32)
+
+    def reward(self) -> float:
+        return 1.0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.t = 0
+        return self.show(), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        return self.show(), self.reward(), False, self.t >= self.limit, {}
+
+
+class Shows(Healthy):
+    """Shows `late` from step 3 on, and before it what its space allows."""
+
+    def __init__(self, space: spaces.Space, late: Any) -> None:
+        self.observation_space, self.late = space, late
+
+    def show(self) -> Any:
+        return self.late if self.t >= 3 else self.observation_space.sample()
+
+
+class Short(Healthy):
+    def show(self) -> Any:
+        return np.full(1, 0.3, np.float32)
+
+
+def register() -> None:
+    for kind in list(globals().values()):
+        if isinstance(kind, type) and issubclass(kind, Healthy):
+            gymnasium.register(f"{kind.__name__}-v0", entry_point=f"{__name__}:{kind.__name__}")
+
+
+register()
