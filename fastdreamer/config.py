@@ -169,6 +169,8 @@ class RunConfig:
     eval_every: int = 0
     """Frames between evaluations; 0 evaluates at the end alone."""
     eval_episodes: int = 10
+    eval_steps: int = 0
+    """Decisions after which an evaluation cuts an episode; 0: ten times the longest in training, at least 10,000."""
     checkpoint_every: float = 300.0
     """Seconds between checkpoints."""
     log_every: int = 50
@@ -363,6 +365,7 @@ def check(config: Config) -> None:
         "--workers": env.workers,
         "--threads": config.run.threads,
         "--eval-every": config.run.eval_every,
+        "--eval-steps": config.run.eval_steps,
         "--entropy": config.behavior.entropy,
         "--free-nats": model.free_nats,
         "--beta-pred": model.beta_pred,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastdreamer.config import BadInput, load_config
-from fastdreamer.run.evaluation import evaluate, load_agent, video
+from fastdreamer.run.evaluation import episode_limit, evaluate, load_agent, video
 from fastdreamer.run.parts import choose_threads
 from fastdreamer.run.pictures import gif
 from fastdreamer.runtime.device import choose_device, prepare_process
@@ -22,6 +22,8 @@ class Command:
     run: str
     """Run folder."""
     episodes: int = 10
+    eval_steps: int = 0
+    """Decisions after which an episode is cut; 0 takes the run's own --eval-steps."""
     video: bool = False
     """Write RUN/evaluation.gif, the first episode."""
     background: str | None = None
@@ -37,6 +39,8 @@ def run_command(command: Command) -> None:
     """Carries the command out. Raises BadInput."""
     if command.episodes < 1:
         raise BadInput(f"--episodes is {command.episodes} and must be at least 1.")
+    if command.eval_steps < 0:
+        raise BadInput(f"--eval-steps is {command.eval_steps} and must be at least 0.")
     if command.threads < 0:
         raise BadInput(f"--threads is {command.threads} and must be at least 0.")
     run = Path(command.run)
@@ -51,8 +55,11 @@ def run_command(command: Command) -> None:
     device = choose_device(command.device)
     prepare_process(device, threads=choose_threads(config))
     agent = load_agent(run, config, device)
-    evaluation = evaluate(agent, config, Runtime(device), episodes=command.episodes)
+    steps = command.eval_steps or episode_limit(config, run)
+    evaluation = evaluate(agent, config, Runtime(device), episodes=command.episodes, steps=steps)
     assert evaluation is not None
+    if evaluation.note is not None:
+        print(evaluation.note, file=sys.stderr)
     frames = video(evaluation) if command.video else None
     if frames is not None:
         path = run / "evaluation.gif"

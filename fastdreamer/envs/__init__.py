@@ -5,23 +5,42 @@ module with `build(name, config, seed, count, first_index) -> BatchEnv`. Nothing
 """
 
 import os
+from collections.abc import Callable
 
 from fastdreamer.config import MAX_SEED, BadInput, EnvConfig
-from fastdreamer.envs.base import BatchEnv, Spaces, Step, nearest
-from fastdreamer.envs.pool import Environments
+from fastdreamer.envs.base import BatchEnv, Fault, NotFinite, Spaces, Step, nearest
+from fastdreamer.envs.pool import Environments, Stopped
 from fastdreamer.envs.protocol import Job
 
-__all__ = ["Environments", "Spaces", "Step", "build", "make", "tasks", "worker_count"]
+__all__ = [
+    "Environments",
+    "Fault",
+    "NotFinite",
+    "Spaces",
+    "Step",
+    "Stopped",
+    "build",
+    "make",
+    "tasks",
+    "worker_count",
+]
 
 FAMILIES = ("dmc", "atari", "envpool", "gym", "synthetic")
 
 
-def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -> Environments:
+def make(
+    task: str,
+    config: EnvConfig,
+    seed: int,
+    *,
+    evaluation: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Environments:
     """`config.envs` environments of `task`; environment i is seeded from `seed` and i, as `episode_seed` says.
 
     Returns when every worker has built its share. `evaluation` has seeds that no training has, and plays
-    `eval_background` behind the frames instead of `background`. Raises BadInput for an unknown task, an observation it
-    lacks, an unsupported space, a missing extra or a missing OpenGL.
+    `eval_background` behind the frames instead of `background`. Raises BadInput for an unknown task, an observation it lacks, an unsupported space, a missing extra
+    or a missing OpenGL; Stopped as soon as `stopped` comes true.
     """
     family, _, name = task.partition("/")
     if family in FAMILIES and not name:
@@ -41,7 +60,7 @@ def make(task: str, config: EnvConfig, seed: int, *, evaluation: bool = False) -
 
         videos = background.prepare(folder, option)
     seed += MAX_SEED if evaluation else 0
-    return Environments(task, config, seed, workers=worker_count(task, config), videos=videos)
+    return Environments(task, config, seed, workers=worker_count(task, config), videos=videos, stopped=stopped)
 
 
 def tasks() -> list[str]:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import fields, replace
 from types import TracebackType
 from typing import IO, Any
@@ -18,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig
-from fastdreamer.envs.base import Spaces, Step
+from fastdreamer.envs.base import Fault, Spaces, Step
 from fastdreamer.envs.journal import Journal
 from fastdreamer.envs.protocol import Built, Job, Refused, Replay, attach, rows
 
@@ -30,8 +31,15 @@ _START_TIMEOUT = 60.0
 _SEEDING = 2
 """Part of a state: raise it when the same seed gives other environments. 1: EnvPool's had seed + i."""
 
-_MAX_DEATHS = 3
-"""Deaths of one worker in a row, without a step between them, after which the fault is the environment's."""
+_MAX_DEATHS = 5
+"""Deaths of one worker without a finished episode between them, after which the fault is the environment's."""
+
+_GLANCE = 0.5
+"""Seconds of waiting between two looks at whether the caller wants to stop."""
+
+
+class Stopped(Exception):
+    """A wait for environments was broken off, because `Environments.stopped` came true."""
 
 
 class _Died(Exception):
@@ -41,14 +49,15 @@ class _Died(Exception):
 class _Group:
     """One worker process and the environments it steps."""
 
-    def __init__(self, job: Job, memory: int) -> None:
+    def __init__(self, job: Job, memory: int, stopped: Callable[[], bool]) -> None:
         self.job = job
         self.fresh = True  # the rows it owes are `is_first` rows of a new process
         self.generation = 0  # processes with a seed of their own before this one
-        self.deaths = 0  # in a row
+        self.owes = False  # rows that were asked for
+        self.deaths = 0  # since an episode was finished
         self.journal: Journal | None = None
         self.episodic = False  # each episode is seeded by itself
-        self._memory = memory
+        self._memory, self._stopped = memory, stopped
         self.launch()
 
     @property
@@ -58,7 +67,7 @@ class _Group:
 
     def launch(self) -> None:
         """Starts the process; `built` and `begin` follow."""
-        self.begun = False
+        self.begun = self.owes = False
         self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `discard`)
         self._pipe, theirs = multiprocessing.Pipe()
         # Of NumPy's libraries, and of what a user's environment may compute with.
@@ -84,16 +93,18 @@ class _Group:
         return message.spaces
 
     def begin(self, past: Replay | None = None) -> None:
-        self.begun = True
+        self.begun = self.owes = True
         self._send(past)
 
     def step(self) -> None:
+        self.owes = True
         self._send("step")
 
     def wait(self, seconds: float) -> None:
-        """Blocks until the rows are written. Raises _Died."""
+        """Blocks until the rows are written. Raises _Died, Stopped and BadInput."""
         while self._receive(seconds) == "alive":
             pass
+        self.owes = False
 
     def hang_up(self) -> None:
         """Tells the process to end, without waiting for it."""
@@ -124,10 +135,17 @@ class _Group:
             self._pipe.send(message)
 
     def _receive(self, seconds: float) -> Any:
+        end = time.monotonic() + seconds
         try:
-            if not self._pipe.poll(seconds):
-                self._end(patience=0)
-                raise _Died("did not answer in time")
+            while True:
+                if self._stopped():
+                    raise Stopped
+                left = end - time.monotonic()
+                if self._pipe.poll(max(0.0, min(left, _GLANCE))):
+                    break
+                if left <= _GLANCE:
+                    self._end(patience=0)
+                    raise _Died("did not answer in time")
             message = self._pipe.recv()
         except (EOFError, ConnectionResetError):
             self._end(patience=1)
@@ -143,7 +161,8 @@ class Environments:
     `recv`, `send`, `recv`, ...: the first `recv` gives every environment's `is_first` row. Environment i follows from
     `seed`, i and its actions, whatever the number of workers. A worker that dies or does not answer within
     `config.timeout` seconds (at least 60 while it starts) is replaced with a new seed and counted in `restarts`; its
-    environments' rows are then `is_first`, with no action and no reward, and no other row is lost.
+    environments' rows are then `is_first`, with no action and no reward, and no other row is lost. Five deaths without
+    a finished episode between them are a Fault. No wait outlasts `stopped` by more than half a second.
 
     To be used by one thread, which must outlive it: workers are killed when the thread that made them ends.
     """
@@ -156,9 +175,12 @@ class Environments:
         *,
         workers: int,
         videos: str | None = None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Raises BadInput where the task cannot be built, or its process dies three times before a step."""
+        """Raises BadInput where the task cannot be built, or its process dies five times; Stopped where `stopped`."""
         self.num_envs = config.envs
+        self.stopped = stopped
+        """Asked while something is waited for; where it comes true, the wait raises Stopped."""
         self.restarts = 0
         self._seed, self._timeout = seed, config.timeout
         self._memory = os.memfd_create("fastdreamer")
@@ -170,7 +192,7 @@ class Environments:
         try:
             for first, end in itertools.pairwise(bounds):
                 job = Job(task, config, seed, end - first, first, self.num_envs, videos)
-                self._groups.append(_Group(job, self._memory))
+                self._groups.append(self._group(job))
             for group in self._groups:
                 self.spaces = self._build(group)
         except BaseException:
@@ -193,7 +215,11 @@ class Environments:
                 group.step()
 
     def recv(self) -> Step:
-        """Blocks until all N rows are there. The arrays are this object's own and hold until the next `recv`."""
+        """Blocks until all N rows are there. The arrays are this object's own and hold until the next `recv`.
+
+        Raises Stopped, after which it may be called again, and Fault. After either `state()` is that of before the
+        step, with its action under way.
+        """
         if not self._owed:
             raise RuntimeError("recv() follows send(): no rows are under way")
         for group in self._groups:
@@ -201,13 +227,15 @@ class Environments:
                 group.begin()
         deadline = time.monotonic() + self._timeout
         for group in self._groups:
-            self._await(group, deadline)
+            if group.owes:
+                self._await(group, deadline)
         _copy(self._shared, self._last)
         for group in self._groups:
             if not group.fresh:
                 assert self._action is not None
                 assert group.journal is not None
                 group.journal.append(self._action[group.job.slice], self._last.is_first[group.job.slice])
+            if self._last.is_last[group.job.slice].any():
                 group.deaths = 0
             group.fresh = False
         self._owed, self._action = False, None
@@ -325,11 +353,14 @@ class Environments:
         ]
         if jobs != [group.job for group in self._groups] or any(group.begun for group in self._groups):
             self._discard()
-            self._groups = [_Group(job, self._memory) for job in jobs]
+            self._groups = [self._group(job) for job in jobs]
             for group in self._groups:
                 self._build(group)
         for group, generation in zip(self._groups, state["generation"].tolist(), strict=True):
             group.generation = generation
+
+    def _group(self, job: Job) -> _Group:
+        return _Group(job, self._memory, lambda: self.stopped())
 
     def _build(self, group: _Group) -> Spaces:
         while True:
@@ -350,16 +381,17 @@ class Environments:
                 group.begin()
 
     def _replace(self, group: _Group, death: _Died) -> None:
-        """Starts a new process with a new seed for one that died. Raises BadInput if that has happened too often."""
+        """Starts a new process with a new seed for one that died. Raises Fault if that has happened too often."""
         words = group.words()
         last = f", and its last words were: {words[-1]}" if words else ""
         group.deaths += 1
         if group.deaths >= _MAX_DEATHS:
             with tempfile.NamedTemporaryFile("w", prefix="fastdreamer-", suffix=".log", delete=False) as kept:
                 kept.write("\n".join(words) + "\n")
-            raise BadInput(
-                f"--task {group.job.task}: its environment process {death} {group.deaths} times in a row{last} "
-                f"(with what came before in {kept.name}); mend the environment, or give it a longer --timeout."
+            raise Fault(
+                f"--task {group.job.task}: its environment process {death} {group.deaths} times without a finished "
+                f"episode{last} (with what came before in {kept.name}); mend the environment, or give it a longer "
+                "--timeout."
             )
         self.restarts += 1
         _LOG.warning("an environment process %s%s; it is restarted, and its episodes are over", death, last)

@@ -21,7 +21,7 @@ import torch
 from fastdreamer.config import BadInput
 from fastdreamer.replay import Replay
 
-FORMAT = 2
+FORMAT = 3
 CHUNK_BYTES = 32 << 20
 """Size of a file of replay rows before compression. What is left over is written anew with every checkpoint."""
 

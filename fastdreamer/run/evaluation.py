@@ -16,7 +16,7 @@ from fastdreamer.run.checkpoint import Checkpoints, check_shapes, shapes
 from fastdreamer.run.logger import Logger
 from fastdreamer.run.parts import make_acting
 from fastdreamer.run.pictures import dream_gif, learning_curve
-from fastdreamer.run.records import read_run
+from fastdreamer.run.records import longest_episode, read_run
 from fastdreamer.runtime.device import generator
 from fastdreamer.runtime.graphs import Runtime
 
@@ -31,6 +31,12 @@ class Evaluation:
 
     returns: list[float]
     recorded: list[dict[str, np.ndarray]]
+    steps: int
+    """Decisions after which an episode was cut."""
+    cut: int
+    """Episodes that were: their return up to there counts."""
+    left_out: int
+    """Episodes that were to follow in the same environments, which had not come to an end."""
 
     @property
     def mean(self) -> float:
@@ -41,6 +47,25 @@ class Evaluation:
         """Standard deviation over the episodes, as of a population: one episode has 0."""
         return float(np.std(self.returns))
 
+    @property
+    def note(self) -> str | None:
+        """What is to be said of episodes that were cut; None where all came to their end."""
+        if not self.cut:
+            return None
+        follow = f", and {self.left_out} that were to follow in their environments are left out" * bool(self.left_out)
+        return (
+            f"{self.cut} of {len(self.returns)} episodes had no end within {self.steps:,} decisions (--eval-steps) and "
+            f"were cut: their returns up to there count{follow}"
+        )
+
+
+LEAST_STEPS = 10_000
+
+
+def episode_limit(config: Config, run: Path) -> int:
+    """Decisions that an evaluated episode may take: `--eval-steps`, or chosen by the training episodes of `run`."""
+    return config.run.eval_steps or max(LEAST_STEPS, 10 * longest_episode(run))
+
 
 def evaluate(
     agent: Agent,
@@ -48,13 +73,16 @@ def evaluate(
     runtime: Runtime,
     *,
     episodes: int,
+    steps: int,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Runs `episodes` whole episodes with actions sampled from the policy; training's own state is left alone.
 
-    Every environment runs a fixed share of them, so that short episodes are not over-represented; none is seeded as
-    one of training is. The first episode of each of the first few environments is recorded. None where `stopped` comes
-    true before the end.
+    Every environment runs a fixed share of them, so that short episodes are not over-represented; none is seeded as one of
+    training is. The first episode
+    of each of the first few environments is recorded. An episode that has not come to its end after `steps` decisions
+    is cut, and its environment's share with it: it cannot be told to begin another. None where `stopped` comes true
+    before the end. Raises Fault where the environment fails.
     """
     count = min(config.env.envs, episodes)
     share = [episodes // count + (i < episodes % count) for i in range(count)]
@@ -62,27 +90,40 @@ def evaluate(
     recorded: list[list[dict[str, np.ndarray]]] = [[] for _ in range(min(count, DREAM_ROWS))]
     noise = generator(runtime.device, config.seed, NOISE_STREAM)
     env = replace(config.env, envs=count)
-    with envs.make(config.task, env, config.seed, evaluation=True) as environments:
-        total = np.zeros(count)
-        acting = make_acting(runtime, agent, count, noise, captured=False)
-        while not stopped():
-            step = environments.recv()
-            # An episode that begins without the last one's end was cut short by a crash: it does not count.
-            total = np.where(step.is_first, 0, total + step.reward)
-            for i, rows in enumerate(recorded):
-                if not returns[i]:
-                    rows[:] = [*([] if step.is_first[i] else rows), _row(step, i)]
-            for i in np.flatnonzero(step.is_last):
-                if len(returns[i]) < share[i]:
-                    returns[i].append(float(total[i]))
-            if all(len(done) == wanted for done, wanted in zip(returns, share, strict=True)):
-                return Evaluation(
-                    [value for done in returns for value in done],
-                    [{name: np.stack([row[name] for row in rows]) for name in rows[0]} for rows in recorded],
-                )
-            acting(step)
-            environments.send(acting.actions())
-    return None
+    cut = left_out = 0
+    try:
+        with envs.make(config.task, env, config.seed, evaluation=True, stopped=stopped) as environments:
+            total, age = np.zeros(count), np.zeros(count, np.int64)
+            acting = make_acting(runtime, agent, count, noise, captured=False)
+            while True:
+                step = environments.recv()
+                # An episode that begins without the last one's end was cut short by a crash: it does not count. Its
+                # decisions do, so that all this ends even where each one crashes.
+                total, age = np.where(step.is_first, 0, total + step.reward), age + ~step.is_first
+                for i, rows in enumerate(recorded):
+                    if not returns[i]:
+                        if step.is_first[i]:
+                            rows.clear()
+                        rows.append(_row(step, i))
+                for i in np.flatnonzero(step.is_last | (age >= steps)):
+                    if len(returns[i]) < share[i]:
+                        returns[i].append(float(total[i]))
+                        if not step.is_last[i]:
+                            cut, left_out = cut + 1, left_out + share[i] - len(returns[i])
+                            share[i] = len(returns[i])
+                age[step.is_last] = 0
+                if all(len(done) == wanted for done, wanted in zip(returns, share, strict=True)):
+                    return Evaluation(
+                        [value for done in returns for value in done],
+                        [{name: np.stack([row[name] for row in rows]) for name in rows[0]} for rows in recorded],
+                        steps,
+                        cut,
+                        left_out,
+                    )
+                acting(step)
+                environments.send(acting.actions())
+    except envs.Stopped:
+        return None
 
 
 def _row(step: Step, i: int) -> dict[str, np.ndarray]:
@@ -105,6 +146,8 @@ def record(
         log.video("eval/dream", frames, np.concatenate([true[0], imagined[0]], 2))
     count = len(evaluation.returns)
     log.message(f"evaluation: return {evaluation.mean:.2f} ± {evaluation.std:.2f} over {count} episodes")
+    if evaluation.note is not None:
+        log.message(f"evaluation: {evaluation.note}")
     return pictures
 
 

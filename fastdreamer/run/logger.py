@@ -32,12 +32,18 @@ class Logger:
     """
 
     def __init__(
-        self, run: Path, *, total_frames: int, live: bool | None = None, resume_at_frames: int | None = None
+        self,
+        run: Path,
+        *,
+        total_frames: int,
+        live: bool | None = None,
+        resume_at_frames: int | None = None,
+        resume_at_updates: float = math.inf,
     ) -> None:
         """`total_frames`: what the run is to reach. `live`: draw a display; None does where stdout is a terminal.
 
-        `resume_at_frames`: frames of the checkpoint that the run goes on from; later lines are dropped, so that
-        nothing is recorded twice. None starts anew.
+        `resume_at_frames`, `resume_at_updates`: of the checkpoint that the run goes on from; later lines are dropped,
+        so that nothing is recorded twice. None starts anew.
         """
         self.run = run
         self._progress = _Progress(total_frames, resume_at_frames or 0)
@@ -45,7 +51,7 @@ class Logger:
         seconds = 0.0
         try:
             if resume_at_frames is not None:
-                for row in rewind(run, resume_at_frames):
+                for row in rewind(run, resume_at_frames, resume_at_updates):
                     seconds = row.get("seconds", seconds)
                     self._progress.remember(row)
             self._metrics = open(run / METRICS, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - closed by close()

@@ -129,18 +129,27 @@ def _parse(line: str) -> dict[str, float] | None:
     return row if "frames" in row else None
 
 
-def rewind(run: Path, frames: int) -> list[dict[str, float]]:
-    """Drops the lines of `metrics.jsonl` beyond `frames`, and returns the rows that stay."""
+def rewind(run: Path, frames: int, updates: float = math.inf) -> list[dict[str, float]]:
+    """Drops the lines of `metrics.jsonl` beyond `frames` or `updates`, and returns the rows that stay."""
     path = run / METRICS
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    kept = [(line, row) for line in lines if (row := _parse(line)) is not None and row["frames"] <= frames]
+    kept = [(line, row) for line in lines if (row := _parse(line)) is not None]
+    kept = [(line, row) for line, row in kept if row["frames"] <= frames and row.get("updates", 0) <= updates]
     fresh = path.with_suffix(".jsonl.new")
     fresh.write_text("".join(line if line.endswith("\n") else line + "\n" for line, _ in kept), encoding="utf-8")
     os.replace(fresh, path)
     return [row for _, row in kept]
+
+
+def longest_episode(run: Path) -> int:
+    """Decisions of the longest training episode that a run records; 0 where it records none."""
+    try:
+        return int(max((row.get("episode/length", 0) for row in read_metrics(run)), default=0))
+    except FileNotFoundError:
+        return 0
 
 
 @dataclass(frozen=True)

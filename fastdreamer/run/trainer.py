@@ -16,12 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from fastdreamer import envs
 from fastdreamer.algorithm.agent import Carry
 from fastdreamer.algorithm.rssm import State
 from fastdreamer.envs.base import Step
 from fastdreamer.run import logger
 from fastdreamer.run.checkpoint import Checkpoints, shapes
-from fastdreamer.run.evaluation import evaluate, record
+from fastdreamer.run.evaluation import episode_limit, evaluate, record
 from fastdreamer.run.parts import Parts
 from fastdreamer.runtime.learner import NonFinite
 
@@ -34,17 +35,23 @@ class Trainer:
         self.parts, self.config, self.envs, self.agent = parts, parts.config, parts.envs, parts.agent
         self.replay, self.learner, self.acting = parts.replay, parts.learner, parts.acting
         self.signals, self.run_folder = _Signals(), folder
-        self.decisions = self.logged_at = 0
+        self.decisions = self.logged_at = self.evaluated_at = 0
         self.returns = np.zeros(parts.config.env.envs)
         self.lengths = np.zeros(parts.config.env.envs, np.int64)
         self.pending: Step | None = None
+        self.under_way = False
+        """Whether a turn was cut short by a signal or a fault: its actions are sent, and its rows not here yet."""
         self.checkpoints = None if folder is None else Checkpoints(folder)
         if resume:
             self._restore()
         self.log: logger.Logger | None = None
         if folder is not None:
-            began = self.frames if resume else None
-            self.log = logger.Logger(folder, total_frames=parts.config.run.frames, resume_at_frames=began)
+            self.log = logger.Logger(
+                folder,
+                total_frames=parts.config.run.frames,
+                resume_at_frames=self.frames if resume else None,
+                resume_at_updates=self.learner.updates if resume else float("inf"),
+            )
 
     def __enter__(self) -> "Trainer":
         return self
@@ -71,8 +78,27 @@ class Trainer:
         return int(trained * ratio / (self.config.optim.batch_size * self.config.optim.batch_length))
 
     def iterate(self) -> None:
-        """One row of every environment, and the updates that it makes due."""
-        step = self.envs.recv() if self.pending is None else self.pending
+        """One row of every environment, and the updates that it makes due.
+
+        A signal cuts it short, and so does a fault of an environment: what is left of it is `under_way` then, comes
+        first in the next call, and is part of a checkpoint. Raises Fault, NonFinite and BadInput.
+        """
+        if not self.under_way:
+            if self.pending is None:
+                self._receive()
+            if self.pending is None:
+                return
+            self._decide(self.pending)
+            self.pending, self.under_way = None, True
+        while self.learner.updates < self.updates_due:
+            if self.signals.received:
+                return
+            self.learner.step()
+        self._log_updates()
+        self._receive()
+
+    def _decide(self, step: Step) -> None:
+        """Sends the actions that follow a row, and stores it."""
         self._account(step)
         rows = self.acting(step)
         if self.decisions < self.config.replay.prefill:
@@ -85,9 +111,21 @@ class Trainer:
         self.envs.send(action)
         self.replay.add(rows)
         self.acting.refresh()
-        while self.learner.updates < self.updates_due:
-            self.learner.step()
-        self.pending = self.envs.recv()
+
+    def _receive(self) -> None:
+        """The next rows; `pending` stays None where a signal comes first."""
+        try:
+            self.pending = self.envs.recv()
+            self.under_way = False
+        except envs.Stopped:
+            pass
+
+    def _log_updates(self) -> None:
+        if self.log is None or self.learner.updates < self.logged_at + self.config.run.log_every:
+            return
+        self.logged_at = self.learner.updates
+        counters = {"replay/steps": len(self.replay), "envs/restarts": self.envs.restarts}
+        self.log.scalars(self.frames, self.learner.means() | counters, self.learner.updates)
 
     def _account(self, step: Step) -> None:
         """Counts a row's decisions, and its episodes' returns and lengths."""
@@ -101,29 +139,32 @@ class Trainer:
     def train(self) -> None:
         """Runs to the end of the budget, a signal, or an error; then evaluates. Raises BadInput, NonFinite."""
         assert self.log is not None
-        run, stop = self.config.run, self.signals
-        saved, evaluated = time.monotonic(), self.frames // run.eval_every if run.eval_every else 0
+        run, stop, saved = self.config.run, self.signals, time.monotonic()
+        self.envs.stopped = lambda: stop.received is not None
         with stop:
-            while self.frames < run.frames and not stop.received:
-                self.iterate()
-                if self.learner.updates >= self.logged_at + run.log_every:
-                    self.logged_at = self.learner.updates
-                    counters = {"replay/steps": len(self.replay), "envs/restarts": self.envs.restarts}
-                    self.log.scalars(self.frames, self.learner.means() | counters, self.learner.updates)
-                self.log.progress(self.frames, self.learner.updates)
-                if run.eval_every and self.frames // run.eval_every > evaluated:
-                    evaluated = self.frames // run.eval_every
+            while not stop.received:
+                if not self.under_way and self._evaluation_due:
                     self.save()
                     self.evaluate()
-                if time.monotonic() - saved > run.checkpoint_every:
-                    self.save()
-                    saved = time.monotonic()
+                elif self.under_way or self.frames < run.frames:
+                    self.iterate()
+                    self.log.progress(self.frames, self.learner.updates)
+                    if time.monotonic() - saved > run.checkpoint_every:
+                        self.save()
+                        saved = time.monotonic()
+                else:
+                    break
             self.save()
             if not stop.received:
                 self.evaluate(final=True)
         if stop.received:
             self.log.message(f"stopped by {stop.received.name}; go on with: {self.resume_command}")
             raise SystemExit(128 + stop.received)
+
+    @property
+    def _evaluation_due(self) -> bool:
+        every = self.config.run.eval_every
+        return every > 0 and self.frames // every > self.evaluated_at // every
 
     @property
     def resume_command(self) -> str:
@@ -139,10 +180,12 @@ class Trainer:
             self.config,
             self.parts.runtime,
             episodes=self.config.run.eval_episodes,
+            steps=episode_limit(self.config, self.run_folder),
             stopped=lambda: self.signals.received is not None,
         )
         if result is None:
             return
+        self.evaluated_at = self.frames
         pictures = record(result, self.agent, self.parts.device, self.log, self.run_folder, self.frames)
         if final:
             self.log.message("pictures: " + ", ".join(str(path) for path in pictures))
@@ -155,8 +198,6 @@ class Trainer:
             raise NonFinite(self.learner.updates, "a weight", float("nan"))
         # As a run that goes on from here will act.
         self.acting.refresh()
-        if self.pending is None:
-            self.pending = self.envs.recv()
         state = {
             "spaces": asdict(self.envs.spaces),
             "agent": self.agent.state_dict(),
@@ -165,8 +206,10 @@ class Trainer:
             "learner": learner,
             "decisions": self.decisions,
             "logged_at": self.logged_at,
+            "evaluated_at": self.evaluated_at,
             "carry": {"deter": self.carry.state.deter, "stoch": self.carry.state.stoch, "action": self.carry.action},
-            "pending": {k: v for k, v in vars(self.pending).items() if v is not None},
+            "pending": {k: v for k, v in vars(self.pending).items() if v is not None} if self.pending else {},
+            "under_way": self.under_way,
             "episodes": {"returns": self.returns, "lengths": self.lengths},
             "envs": self.envs.state(),
         }
@@ -183,10 +226,11 @@ class Trainer:
             noise.set_state(state["generators"][name])
         self.learner.load(state["learner"])
         self.decisions, self.logged_at = state["decisions"], state["logged_at"]
+        self.evaluated_at, self.under_way = state["evaluated_at"], state["under_way"]
         carry = state["carry"]
         self.acting.replace(Carry(State(carry["deter"], carry["stoch"]), carry["action"]))
         self.acting.refresh()
-        self.pending = Step(**{"image": None, "vector": None} | state["pending"])
+        self.pending = Step(**{"image": None, "vector": None} | state["pending"]) if state["pending"] else None
         self.returns, self.lengths = state["episodes"]["returns"], state["episodes"]["lengths"]
         lost = self.envs.restore(state["envs"])
         if lost:

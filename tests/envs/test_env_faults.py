@@ -81,9 +81,11 @@ def test_an_environment_that_cannot_work_is_refused_with_its_last_words(name, wo
     def use() -> None:
         with envs.make(f"{SAMPLE}{name}-v0", config, seed=0) as environments:
             environments.recv()
-            run(environments, np.zeros((3, 1, 2), np.float32))
+            run(environments, np.zeros((12, 1, 2), np.float32))
 
-    with pytest.raises(BadInput, match=rf"{name}-v0: .* \(exit code 1\) 3 times in a row.*{words}") as refusal:
+    with pytest.raises(
+        BadInput, match=rf"{name}-v0: .* \(exit code 1\) 5 times without a finished episode.*{words}"
+    ) as refusal:
         use()
     log = Path(str(refusal.value).split("came before in ")[1].split(")")[0])
     assert "Traceback" in log.read_text()

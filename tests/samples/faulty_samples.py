@@ -1,5 +1,7 @@
 """Gymnasium environments that go wrong, each in one way, registered when this module is imported."""
 
+import os
+import time
 from typing import Any
 
 import gymnasium
@@ -43,6 +45,35 @@ class Shows(Healthy):
 class Short(Healthy):
     def show(self) -> Any:
         return np.full(1, 0.3, np.float32)
+
+
+class Endless(Healthy):
+    """Episodes without an end."""
+
+    limit = 10**9
+
+
+class Crashes(Healthy):
+    """Fails in the midst of every episode, where $CRASHES is set."""
+
+    def reward(self) -> float:
+        if self.t == 4 and os.environ.get("CRASHES"):
+            raise ValueError("the gripper lost its block")
+        return 1.0
+
+
+class Hangs(Healthy):
+    """Hangs at its ninth step, having made the file $FAULT."""
+
+    steps = 0
+
+    def reward(self) -> float:
+        self.steps += 1
+        if self.steps == 9:
+            open(os.environ["FAULT"], "w").close()
+            while True:
+                time.sleep(1)
+        return 1.0
 
 
 def register() -> None:
