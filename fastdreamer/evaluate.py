@@ -11,6 +11,7 @@ from fastdreamer.config import BadInput, load_config
 from fastdreamer.run.evaluation import episode_limit, evaluate, load_agent, video
 from fastdreamer.run.parts import choose_threads
 from fastdreamer.run.pictures import gif
+from fastdreamer.run.records import PRINTED
 from fastdreamer.runtime.device import choose_device, prepare_process
 from fastdreamer.runtime.graphs import Runtime
 
@@ -56,7 +57,8 @@ def run_command(command: Command) -> None:
     prepare_process(device, threads=choose_threads(config))
     agent = load_agent(run, config, device)
     steps = command.eval_steps or episode_limit(config, run)
-    evaluation = evaluate(agent, config, Runtime(device), episodes=command.episodes, steps=steps)
+    logs = run / PRINTED / "evaluation"
+    evaluation = evaluate(agent, config, Runtime(device), episodes=command.episodes, steps=steps, logs=logs)
     assert evaluation is not None
     if evaluation.note is not None:
         print(evaluation.note, file=sys.stderr)

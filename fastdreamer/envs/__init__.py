@@ -6,6 +6,7 @@ module with `build(name, config, seed, count, first_index) -> BatchEnv`. Nothing
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from fastdreamer.config import MAX_SEED, BadInput, EnvConfig
 from fastdreamer.envs.base import BatchEnv, Fault, NotFinite, Spaces, Step, nearest
@@ -34,13 +35,15 @@ def make(
     seed: int,
     *,
     evaluation: bool = False,
+    logs: Path | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Environments:
     """`config.envs` environments of `task`; environment i is seeded from `seed` and i, as `episode_seed` says.
 
     Returns when every worker has built its share. `evaluation` has seeds that no training has, and plays
-    `eval_background` behind the frames instead of `background`. Raises BadInput for an unknown task, an observation it lacks, an unsupported space, a missing extra
-    or a missing OpenGL; Stopped as soon as `stopped` comes true.
+    `eval_background` behind the frames instead of `background`. What environments print goes to the folder `logs`.
+    Raises BadInput for an unknown task, an observation it lacks, an unsupported space, a missing extra or a missing
+    OpenGL; Stopped as soon as `stopped` comes true.
     """
     family, _, name = task.partition("/")
     if family in FAMILIES and not name:
@@ -60,7 +63,9 @@ def make(
 
         videos = background.prepare(folder, option)
     seed += MAX_SEED if evaluation else 0
-    return Environments(task, config, seed, workers=worker_count(task, config), videos=videos, stopped=stopped)
+    return Environments(
+        task, config, seed, workers=worker_count(task, config), videos=videos, logs=logs, stopped=stopped
+    )
 
 
 def tasks() -> list[str]:

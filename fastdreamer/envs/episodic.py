@@ -4,6 +4,7 @@ An episode depends on (seed, environment index, episode number) and its own acti
 the current episode and none before it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -41,7 +42,12 @@ class EpisodicBatch:
     """`count` environments `make(first_index) ... make(first_index + count - 1)` as a `BatchEnv`."""
 
     def __init__(self, make: Callable[[int], SingleEnv], seed: int, count: int, first_index: int) -> None:
-        self._envs = [make(first_index + i) for i in range(count)]
+        with contextlib.ExitStack() as stack:
+            self._envs: list[SingleEnv] = []
+            for i in range(count):
+                self._envs.append(make(first_index + i))
+                stack.callback(self._envs[-1].close)
+            self._closing = stack.pop_all()
         self._seed, self._first_index = seed, first_index
         self._episode: list[int | None] = [None] * count
         self._over = [False] * count
@@ -68,8 +74,7 @@ class EpisodicBatch:
         self._advance(action, None)
 
     def close(self) -> None:
-        for env in self._envs:
-            env.close()
+        self._closing.close()
 
     def _advance(self, action: np.ndarray, out: Step | None) -> None:
         for i, (env, episode) in enumerate(zip(self._envs, self._episode, strict=True)):

@@ -1,5 +1,6 @@
 """A user's own Gymnasium environment: `gym/<Id>`, or `gym/<module>:<Id>` where importing `module` registers it."""
 
+import contextlib
 import importlib
 import math
 from typing import Any
@@ -46,7 +47,11 @@ def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int)
             raise BadInput(f"--task {task} needs a package that is not installed: {error}") from None
         except gymnasium.error.Error as error:
             raise BadInput(f"--task {task} cannot be made by Gymnasium ({error}): mend the name.") from None
-        return GymEnv(env, task, config, index)
+        with contextlib.ExitStack() as stack:
+            stack.callback(env.close)
+            served = GymEnv(env, task, config, index)
+            stack.pop_all()
+        return served
 
     return EpisodicBatch(make, seed, count, first_index)
 

@@ -1,6 +1,7 @@
 """Environments in worker processes: stepped together without blocking, restarted when they die, resumable."""
 
 import contextlib
+import fcntl
 import itertools
 import logging
 import multiprocessing
@@ -8,13 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import fields, replace
+from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs.base import Fault, Spaces, Step
 from fastdreamer.envs.journal import Journal
 from fastdreamer.envs.protocol import Built, Job, Refused, Replay, attach, rows
+from fastdreamer.envs.supervisor import CLOSING, last_words
 
 _LOG = logging.getLogger("fastdreamer.envs")
 
@@ -49,7 +51,7 @@ class _Died(Exception):
 class _Group:
     """One worker process and the environments it steps."""
 
-    def __init__(self, job: Job, memory: int, stopped: Callable[[], bool]) -> None:
+    def __init__(self, job: Job, memory: int, logs: Path | None, stopped: Callable[[], bool]) -> None:
         self.job = job
         self.fresh = True  # the rows it owes are `is_first` rows of a new process
         self.generation = 0  # processes with a seed of their own before this one
@@ -57,7 +59,7 @@ class _Group:
         self.deaths = 0  # since an episode was finished
         self.journal: Journal | None = None
         self.episodic = False  # each episode is seeded by itself
-        self._memory, self._stopped = memory, stopped
+        self._memory, self._logs, self._stopped = memory, logs, stopped
         self.launch()
 
     @property
@@ -68,19 +70,22 @@ class _Group:
     def launch(self) -> None:
         """Starts the process; `built` and `begin` follow."""
         self.begun = self.owes = False
-        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed by `discard`)
+        # What the process prints before it is told of a folder. Memory leaves nothing behind, however all this ends.
+        self._printed = os.memfd_create("fastdreamer")
+        fcntl.fcntl(self._printed, fcntl.F_SETFL, os.O_APPEND)
         self._pipe, theirs = multiprocessing.Pipe()
         # Of NumPy's libraries, and of what a user's environment may compute with.
         threads = {f"{library}_NUM_THREADS": "1" for library in ("OMP", "MKL", "OPENBLAS", "BLIS", "NUMEXPR")}
         with theirs:
-            arguments = (theirs.fileno(), self._memory, os.getpid())
+            handles = (theirs.fileno(), self._memory)
+            arguments = [*handles, os.getpid(), *([] if self.log is None else [self.log])]
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "fastdreamer.envs.worker", *map(str, arguments)],
-                stdin=subprocess.DEVNULL,
-                stdout=self._stderr,
-                stderr=self._stderr,
+                stdin=subprocess.PIPE,
+                stdout=self._printed,
+                stderr=self._printed,
                 env=os.environ | threads,
-                pass_fds=arguments[:2],
+                pass_fds=handles,
                 # A terminal's Ctrl-C reaches the foreground process group, so not the worker.
                 process_group=0,
             )
@@ -106,28 +111,52 @@ class _Group:
             pass
         self.owes = False
 
-    def hang_up(self) -> None:
-        """Tells the process to end, without waiting for it."""
-        self._pipe.close()
+    @property
+    def log(self) -> Path | None:
+        """Where what the process prints is kept, which is not there before it prints; None for in memory."""
+        return None if self._logs is None else self._logs / f"{self.job.first_index}.log"
 
-    def discard(self, patience: float) -> None:
-        """Ends the process, after `patience` seconds by force, and forgets what it wrote."""
-        self.hang_up()
-        self._end(patience)
-        self._stderr.close()
+    def log_to(self, folder: Path) -> None:
+        self._logs = folder
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(os.fsencode(folder / f"{self.job.first_index}.log") + b"\0")
+            self._process.stdin.flush()
+
+    def hang_up(self) -> None:
+        """Tells the process to close its environments and end, without waiting for it."""
+        self._pipe.close()
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+
+    def discard(self) -> None:
+        """Ends the process, after some seconds by force, and forgets what it printed in no folder."""
+        self._end()
+        os.close(self._printed)
 
     def words(self) -> list[str]:
-        """The end of what the process wrote to its standard output and error."""
-        self._stderr.seek(max(0, self._stderr.seek(0, os.SEEK_END) - 2**16))
-        lines = self._stderr.read().decode(errors="replace").splitlines()
-        return [line.rstrip() for line in lines if line.strip()]
+        """The end of what the process printed."""
+        for path in (Path(f"/proc/self/fd/{self._printed}"), self.log):
+            with contextlib.suppress(OSError):
+                if path is not None and (words := last_words(path)):
+                    return words
+        return []
 
-    def _end(self, patience: float) -> None:
-        try:
+    def _end(self, patience: float = 0) -> None:
+        """Sees to it that the process ends; for `patience` seconds it may do so by itself."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
+        self.hang_up()
+        try:
+            # The supervisor kills in time what does not end when told to.
+            self._process.wait(3 * CLOSING)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        # Where the supervisor itself was killed. The group's number is not given away while there is one of it.
+        with contextlib.suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
     def _send(self, message: Any) -> None:
         # Where it is dead, the next `_receive` finds that.
@@ -144,11 +173,11 @@ class _Group:
                 if self._pipe.poll(max(0.0, min(left, _GLANCE))):
                     break
                 if left <= _GLANCE:
-                    self._end(patience=0)
+                    self._end()
                     raise _Died("did not answer in time")
             message = self._pipe.recv()
         except (EOFError, ConnectionResetError):
-            self._end(patience=1)
+            self._end(patience=CLOSING)
             raise _Died(f"ended ({_status(self._process.returncode)})") from None
         if isinstance(message, Refused):
             raise message.kind(message.reason)
@@ -175,14 +204,17 @@ class Environments:
         *,
         workers: int,
         videos: str | None = None,
+        logs: Path | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Raises BadInput where the task cannot be built, or its process dies five times; Stopped where `stopped`."""
+        """`logs`: the folder of what environments print, in memory where there is none.
+
+        Raises BadInput where the task cannot be built, or its process dies five times; Stopped where `stopped`."""
         self.num_envs = config.envs
         self.stopped = stopped
         """Asked while something is waited for; where it comes true, the wait raises Stopped."""
         self.restarts = 0
-        self._seed, self._timeout = seed, config.timeout
+        self._seed, self._timeout, self._logs = seed, config.timeout, logs
         self._memory = os.memfd_create("fastdreamer")
         # The action sent and not yet received for; `_owed` also before the first `recv`.
         self._action: np.ndarray | None = None
@@ -320,8 +352,14 @@ class Environments:
             self.send(state["pending"])
         return [i for group in strays for i in range(*group.job.slice.indices(self.num_envs))]
 
+    def log_to(self, folder: Path) -> None:
+        """From now on what environments print goes to `folder`, a bounded file for each worker that prints anything."""
+        self._logs = folder
+        for group in self._groups:
+            group.log_to(folder)
+
     def close(self) -> None:
-        """Ends the workers. May be called twice."""
+        """Closes the environments and ends the workers. May be called twice."""
         self._discard()
         if self._memory >= 0:
             os.close(self._memory)
@@ -339,7 +377,7 @@ class Environments:
         for group in self._groups:
             group.hang_up()
         for group in self._groups:
-            group.discard(patience=1)
+            group.discard()
         self._groups = []
 
     def _regroup(self, state: dict[str, np.ndarray]) -> None:
@@ -360,7 +398,7 @@ class Environments:
             group.generation = generation
 
     def _group(self, job: Job) -> _Group:
-        return _Group(job, self._memory, lambda: self.stopped())
+        return _Group(job, self._memory, self._logs, lambda: self.stopped())
 
     def _build(self, group: _Group) -> Spaces:
         while True:
@@ -386,19 +424,17 @@ class Environments:
         last = f", and its last words were: {words[-1]}" if words else ""
         group.deaths += 1
         if group.deaths >= _MAX_DEATHS:
-            with tempfile.NamedTemporaryFile("w", prefix="fastdreamer-", suffix=".log", delete=False) as kept:
-                kept.write("\n".join(words) + "\n")
+            before = f" (what came before is in {group.log})" if words and group.log is not None else ""
             raise Fault(
                 f"--task {group.job.task}: its environment process {death} {group.deaths} times without a finished "
-                f"episode{last} (with what came before in {kept.name}); mend the environment, or give it a longer "
-                "--timeout."
+                f"episode{last}{before}; mend the environment, or give it a longer --timeout."
             )
         self.restarts += 1
         _LOG.warning("an environment process %s%s; it is restarted, and its episodes are over", death, last)
         self._renew(group)
 
     def _renew(self, group: _Group) -> None:
-        group.discard(patience=0)
+        group.discard()
         group.generation += 1
         entropy = [self._seed, group.job.first_index, group.generation]
         seed = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 2)

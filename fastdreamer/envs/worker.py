@@ -1,16 +1,16 @@
-"""`python -m fastdreamer.envs.worker PIPE MEMORY PARENT`: a process that steps environments for `Environments`.
+"""`python -m fastdreamer.envs.worker PIPE MEMORY PARENT [LOG]`: a process that steps environments for `Environments`.
 
 Started afresh rather than forked, so that neither torch nor the trainer's main module is ever loaded here, and an
 environment's threads and OpenGL contexts stay its own.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 
@@ -19,31 +19,38 @@ from fastdreamer.envs import build
 from fastdreamer.envs.base import BatchEnv, NotFinite, Spaces, Step
 from fastdreamer.envs.episodic import EpisodicBatch
 from fastdreamer.envs.protocol import Built, Job, Refused, Replay, attach, expand, rows
-
-_PR_SET_PDEATHSIG = 1
+from fastdreamer.envs.supervisor import supervise
 
 
 def serve(pipe: Connection, memory: int) -> None:
-    """Builds what the first message says and steps it until the trainer closes the pipe."""
+    """Builds what the first message says and steps it until the trainer closes the pipe or SIGTERM comes."""
     job: Job = pipe.recv()
-    try:
-        batch = build(job)
-        pipe.send(Built(batch.spaces, isinstance(batch, EpisodicBatch)))
-        replay: Replay | None = pipe.recv()
-        shown, taken = attach(memory, job.total, batch.spaces)
-        out, action = rows(shown, job.slice), taken[job.slice]
-        if replay is None:
-            batch.reset(out)
-            _complete(out, None, job)
-        else:
-            _replay(batch, replay, out, pipe, job, beat=min(5.0, job.config.timeout / 4))
-        pipe.send("row")
-        while pipe.recv() == "step":
-            batch.step(action, out)
-            _complete(out, action, job)
+    with contextlib.ExitStack() as stack:
+        try:
+            batch = build(job)
+            stack.callback(_close, batch)
+            pipe.send(Built(batch.spaces, isinstance(batch, EpisodicBatch)))
+            replay: Replay | None = pipe.recv()
+            shown, taken = attach(memory, job.total, batch.spaces)
+            out, action = rows(shown, job.slice), taken[job.slice]
+            if replay is None:
+                batch.reset(out)
+                _complete(out, None, job)
+            else:
+                _replay(batch, replay, out, pipe, job, beat=min(5.0, job.config.timeout / 4))
             pipe.send("row")
-    except BadInput as refusal:
-        pipe.send(Refused(str(refusal), type(refusal)))
+            while pipe.recv() == "step":
+                batch.step(action, out)
+                _complete(out, action, job)
+                pipe.send("row")
+        except BadInput as refusal:
+            pipe.send(Refused(str(refusal), type(refusal)))
+
+
+def _close(batch: BatchEnv) -> None:
+    # What closes is not to be broken off. It has the time that the supervisor gives it.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    batch.close()
 
 
 def _complete(out: Step, action: np.ndarray | None, job: Job) -> None:
@@ -86,21 +93,20 @@ def _replay(batch: BatchEnv, replay: Replay, out: Step, pipe: Connection, job: J
             pipe.send("alive")
 
 
-def _die_with(parent: int) -> None:
-    """Has the kernel kill this process when the trainer's ends, however it ends."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+def _terminate(*_: object) -> None:
+    raise SystemExit(0)
 
 
 def main() -> None:
-    pipe, memory, parent = (int(argument) for argument in sys.argv[1:])
+    pipe, memory, parent = (int(argument) for argument in sys.argv[1:4])
     # Ctrl-C is the trainer's to answer: it may want a last checkpoint of these environments.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _die_with(parent)
+    supervise(parent, (pipe, memory), Path(sys.argv[4]) if len(sys.argv) > 4 else None)
+    signal.signal(signal.SIGTERM, _terminate)
     # A module of the user's lies in the directory the trainer runs in.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    # The trainer has gone.
     with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
         serve(Connection(pipe), memory)
 

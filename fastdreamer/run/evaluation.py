@@ -74,15 +74,15 @@ def evaluate(
     *,
     episodes: int,
     steps: int,
+    logs: Path | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Runs `episodes` whole episodes with actions sampled from the policy; training's own state is left alone.
 
-    Every environment runs a fixed share of them, so that short episodes are not over-represented; none is seeded as one of
-    training is. The first episode
-    of each of the first few environments is recorded. An episode that has not come to its end after `steps` decisions
+    Every environment runs a fixed share of them, so that short episodes are not over-represented; none is seeded as
+    one of training is. The first episode of each of the first few environments is recorded. An episode that has not come to its end after `steps` decisions
     is cut, and its environment's share with it: it cannot be told to begin another. None where `stopped` comes true
-    before the end. Raises Fault where the environment fails.
+    before the end. What environments print goes to the folder `logs`. Raises Fault where the environment fails.
     """
     count = min(config.env.envs, episodes)
     share = [episodes // count + (i < episodes % count) for i in range(count)]
@@ -92,7 +92,7 @@ def evaluate(
     env = replace(config.env, envs=count)
     cut = left_out = 0
     try:
-        with envs.make(config.task, env, config.seed, evaluation=True, stopped=stopped) as environments:
+        with envs.make(config.task, env, config.seed, evaluation=True, logs=logs, stopped=stopped) as environments:
             total, age = np.zeros(count), np.zeros(count, np.int64)
             acting = make_acting(runtime, agent, count, noise, captured=False)
             while True:

@@ -27,6 +27,8 @@ import numpy as np
 from fastdreamer.config import BadInput, Config, defaults, load_config
 
 METRICS = "metrics.jsonl"
+PRINTED = "environments"
+"""Folder of what environments print, a bounded file for each worker that does; those of evaluations below it."""
 RECORDED_VERSIONS = ("torch", "triton", "numpy", "envpool", "mujoco", "dm_control", "gymnasium")
 RECENT_EPISODES = 10
 

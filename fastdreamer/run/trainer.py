@@ -20,7 +20,7 @@ from fastdreamer import envs
 from fastdreamer.algorithm.agent import Carry
 from fastdreamer.algorithm.rssm import State
 from fastdreamer.envs.base import Step
-from fastdreamer.run import logger
+from fastdreamer.run import logger, records
 from fastdreamer.run.checkpoint import Checkpoints, shapes
 from fastdreamer.run.evaluation import episode_limit, evaluate, record
 from fastdreamer.run.parts import Parts
@@ -42,6 +42,8 @@ class Trainer:
         self.under_way = False
         """Whether a turn was cut short by a signal or a fault: its actions are sent, and its rows not here yet."""
         self.checkpoints = None if folder is None else Checkpoints(folder)
+        if folder is not None:
+            self.envs.log_to(folder / records.PRINTED)
         if resume:
             self._restore()
         self.log: logger.Logger | None = None
@@ -181,6 +183,7 @@ class Trainer:
             self.parts.runtime,
             episodes=self.config.run.eval_episodes,
             steps=episode_limit(self.config, self.run_folder),
+            logs=self.run_folder / records.PRINTED / "evaluation",
             stopped=lambda: self.signals.received is not None,
         )
         if result is None:

@@ -361,7 +361,7 @@ def test_signals_save_and_stop(number: signal.Signals, tmp_path: Path) -> None:
 def test_killed_at_any_moment_it_resumes(kills: int, tmp_path: Path) -> None:
     """By kill -9: the last checkpoint always loads, and in the end all is as if nothing had happened."""
     rng = random.Random(0)
-    process = start([*PIXELS, "--checkpoint-every", "0.05", "--frames", "1000000", "--logdir", str(tmp_path)])
+    process = start([*PIXELS, "--checkpoint-every", "0.02", "--frames", "1000000", "--logdir", str(tmp_path)])
     # Folders are named after the updates so far.
     wait_for(lambda: any(int(path.parent.name[:12]) for path in tmp_path.glob("*/checkpoints/0*/*.json")), process)
     (folder,) = tmp_path.iterdir()
@@ -373,7 +373,7 @@ def test_killed_at_any_moment_it_resumes(kills: int, tmp_path: Path) -> None:
             # Some die while they start, the others while they train and save.
             if attempt % 4:
                 wait_for(lambda begun=begun: Checkpoints(folder).latest() != begun, process)
-        time.sleep(rng.uniform(0, 0.4))
+        time.sleep(rng.uniform(0, 0.15))
         process.kill()
         process.communicate()
         decisions = state_of(folder)["decisions"]

@@ -1,7 +1,9 @@
 """Gymnasium environments that go wrong, each in one way, registered when this module is imported."""
 
 import os
+import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -73,6 +75,37 @@ class Hangs(Healthy):
             open(os.environ["FAULT"], "w").close()
             while True:
                 time.sleep(1)
+        return 1.0
+
+
+class Simulator(Healthy):
+    """Has a child, which has a child in a session of its own, and a file in $OWNED that says so until it is closed."""
+
+    def __init__(self) -> None:
+        command = "setsid sleep 3000 & echo $!; exec sleep 3000"
+        self.child = subprocess.Popen(["sh", "-c", command], stdout=subprocess.PIPE, text=True)
+        assert self.child.stdout is not None
+        self.owned = Path(os.environ["OWNED"], str(self.child.pid))
+        self.owned.write_text(self.child.stdout.readline())
+
+    def close(self) -> None:
+        self.owned.rename(self.owned.with_suffix(".closed"))
+
+
+class SlowToClose(Simulator):
+    """close() does not come to its end."""
+
+    def close(self) -> None:
+        super().close()
+        while True:
+            time.sleep(1)
+
+
+class Talks(Healthy):
+    """Prints 64 KB a step."""
+
+    def reward(self) -> float:
+        print(self.t, "x" * 2**16)
         return 1.0
 
 
