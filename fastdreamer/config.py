@@ -1,6 +1,7 @@
 """Every option of a run, as frozen dataclasses; presets; the command line. Imports nothing of ours."""
 
 import argparse
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -38,6 +39,8 @@ class EnvConfig:
     """Processes that share the environments; 0 chooses by task and processor count."""
     action_repeat: int = 2
     """Frames each action is held for; rewards are summed over them."""
+    env_args: str | None = None
+    """Keyword arguments of a `gym/` task's constructor, as a JSON object: '{"arena": 3}'."""
     timeout: float = 60.0
     """Seconds without an answer after which an environment process counts as hung and is restarted."""
 
@@ -316,6 +319,10 @@ def check(config: Config) -> None:
     for flag, given in (("--backend dm_control", env.backend == "dm_control"), ("--render fast", env.render == "fast")):
         if given and not dmc:
             raise BadInput(f"{flag} is for dmc/ tasks and --task is {config.task}: leave it out.")
+    if env.env_args is not None:
+        if not config.task.startswith("gym/"):
+            raise BadInput(f"--env-args is for gym/ tasks and --task is {config.task}: leave it out.")
+        constructor_arguments(env.env_args)
     for flag, folder in (("--background", env.background), ("--eval-background", env.eval_background)):
         if folder is not None and (not dmc or env.obs == "vector"):
             raise BadInput(
@@ -399,6 +406,17 @@ def check(config: Config) -> None:
             f"--replay-capacity is {replay.replay_capacity}: make it at least --prefill ({replay.prefill}) "
             f"and --envs ({env.envs})."
         )
+
+
+def constructor_arguments(text: str | None) -> dict[str, Any]:
+    """What `--env-args` says. Raises BadInput for what is no JSON object."""
+    try:
+        arguments = json.loads(text or "{}")
+    except ValueError:
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise BadInput(f"--env-args {text} is no JSON object: write it as '{{\"arena\": 3}}'.")
+    return arguments
 
 
 def _check_resumed(before: Config, now: Config) -> None:

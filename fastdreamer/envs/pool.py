@@ -22,7 +22,7 @@ import numpy as np
 from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs.base import Fault, Spaces, Step
 from fastdreamer.envs.journal import Journal
-from fastdreamer.envs.protocol import Built, Job, Refused, Replay, attach, rows
+from fastdreamer.envs.protocol import Built, Failed, Job, Refused, Replay, attach, rows
 from fastdreamer.envs.supervisor import CLOSING, last_words
 
 _LOG = logging.getLogger("fastdreamer.envs")
@@ -45,7 +45,11 @@ class Stopped(Exception):
 
 
 class _Died(Exception):
-    """A worker ended or hung. The message says which, to go on from `environment process`."""
+    """A worker failed, ended, or (`hung`) did not answer. The message says which, after `its environment process`."""
+
+    def __init__(self, message: str, *, hung: bool = False) -> None:
+        super().__init__(message)
+        self.hung = hung
 
 
 class _Group:
@@ -174,13 +178,20 @@ class _Group:
                     break
                 if left <= _GLANCE:
                     self._end()
-                    raise _Died("did not answer in time")
+                    raise _Died(f"did not answer within {seconds:.3g} seconds", hung=True)
             message = self._pipe.recv()
         except (EOFError, ConnectionResetError):
             self._end(patience=CLOSING)
-            raise _Died(f"ended ({_status(self._process.returncode)})") from None
+            words = self.words()
+            last = f", and its last words were: {words[-1]}" if words else ""
+            raise _Died(f"ended ({_status(self._process.returncode)}){last}") from None
         if isinstance(message, Refused):
             raise message.kind(message.reason)
+        if isinstance(message, Failed):
+            self._end(patience=CLOSING)
+            if self.journal is None:
+                raise BadInput(f"--task {self.job.task} cannot be made: {message.error}: mend the environment.")
+            raise _Died(f"failed by {message.error}")
         return message
 
 
@@ -214,6 +225,7 @@ class Environments:
         self.stopped = stopped
         """Asked while something is waited for; where it comes true, the wait raises Stopped."""
         self.restarts = 0
+        self._told = ""
         self._seed, self._timeout, self._logs = seed, config.timeout, logs
         self._memory = os.memfd_create("fastdreamer")
         # The action sent and not yet received for; `_owed` also before the first `recv`.
@@ -420,17 +432,18 @@ class Environments:
 
     def _replace(self, group: _Group, death: _Died) -> None:
         """Starts a new process with a new seed for one that died. Raises Fault if that has happened too often."""
-        words = group.words()
-        last = f", and its last words were: {words[-1]}" if words else ""
         group.deaths += 1
         if group.deaths >= _MAX_DEATHS:
-            before = f" (what came before is in {group.log})" if words and group.log is not None else ""
+            printed = f" (what it printed is in {group.log})" if group.log is not None and group.log.exists() else ""
             raise Fault(
-                f"--task {group.job.task}: its environment process {death} {group.deaths} times without a finished "
-                f"episode{last}{before}; mend the environment, or give it a longer --timeout."
+                f"--task {group.job.task}: its environment process {death}, {group.deaths} times without a finished "
+                f"episode{printed}: mend the environment{', or give it a longer --timeout' if death.hung else ''}."
             )
         self.restarts += 1
-        _LOG.warning("an environment process %s%s; it is restarted, and its episodes are over", death, last)
+        # A cause is told once.
+        told, self._told = self._told, str(death)
+        how = "died in the same way" if self._told == told else self._told
+        _LOG.warning("an environment process %s; it is restarted, and its episodes are over", how)
         self._renew(group)
 
     def _renew(self, group: _Group) -> None:

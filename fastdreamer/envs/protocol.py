@@ -2,7 +2,7 @@
 
 Over a pipe go short messages; observations and actions lie in memory that both map. Trainer: a `Job`, then a `Replay`
 or None, then "step" as often as it likes. Worker: `Built`, then "row" each time its rows are written; "alive" now and
-then during a long replay; `Refused` instead of any of them where it cannot go on.
+then during a long replay; `Refused` or `Failed` instead of any of them where it cannot go on.
 """
 
 import mmap
@@ -45,6 +45,11 @@ class Built:
 class Refused:
     reason: str  # its message
     kind: type[BadInput]
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: str  # an exception of the environment's: type, text and line
 
 
 @dataclass(frozen=True)

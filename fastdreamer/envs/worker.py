@@ -8,9 +8,13 @@ import contextlib
 import os
 import signal
 import sys
+import sysconfig
+import textwrap
 import time
+import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,19 +22,19 @@ from fastdreamer.config import BadInput
 from fastdreamer.envs import build
 from fastdreamer.envs.base import BatchEnv, NotFinite, Spaces, Step
 from fastdreamer.envs.episodic import EpisodicBatch
-from fastdreamer.envs.protocol import Built, Job, Refused, Replay, attach, expand, rows
+from fastdreamer.envs.protocol import Built, Failed, Job, Refused, Replay, attach, expand, rows
 from fastdreamer.envs.supervisor import supervise
 
 
 def serve(pipe: Connection, memory: int) -> None:
     """Builds what the first message says and steps it until the trainer closes the pipe or SIGTERM comes."""
-    job: Job = pipe.recv()
+    job: Job = _receive(pipe)
     with contextlib.ExitStack() as stack:
         try:
             batch = build(job)
-            stack.callback(_close, batch)
-            pipe.send(Built(batch.spaces, isinstance(batch, EpisodicBatch)))
-            replay: Replay | None = pipe.recv()
+            stack.callback(batch.close)
+            _send(pipe, Built(batch.spaces, isinstance(batch, EpisodicBatch)))
+            replay: Replay | None = _receive(pipe)
             shown, taken = attach(memory, job.total, batch.spaces)
             out, action = rows(shown, job.slice), taken[job.slice]
             if replay is None:
@@ -38,19 +42,43 @@ def serve(pipe: Connection, memory: int) -> None:
                 _complete(out, None, job)
             else:
                 _replay(batch, replay, out, pipe, job, beat=min(5.0, job.config.timeout / 4))
-            pipe.send("row")
-            while pipe.recv() == "step":
+            _send(pipe, "row")
+            while _receive(pipe) == "step":
                 batch.step(action, out)
                 _complete(out, action, job)
-                pipe.send("row")
+                _send(pipe, "row")
         except BadInput as refusal:
-            pipe.send(Refused(str(refusal), type(refusal)))
+            _ending()
+            _send(pipe, Refused(str(refusal), type(refusal)))
+        except Exception as error:
+            _ending()
+            _send(pipe, Failed(_described(error)))
+            raise
 
 
-def _close(batch: BatchEnv) -> None:
-    # What closes is not to be broken off. It has the time that the supervisor gives it.
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    batch.close()
+def _receive(pipe: Connection) -> Any:
+    try:
+        return pipe.recv()
+    except (EOFError, ConnectionResetError):
+        _ending()
+        raise SystemExit(0) from None  # the trainer has gone
+
+
+def _send(pipe: Connection, message: Any) -> None:
+    try:
+        pipe.send(message)
+    except (BrokenPipeError, ConnectionResetError):
+        _ending()
+        raise SystemExit(0) from None
+
+
+def _described(error: Exception) -> str:
+    """An exception's type, text, and the line of it that is the user's, or else where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = (str(Path(__file__).parents[1]), *(sysconfig.get_path(name) for name in ("stdlib", "purelib")), "<")
+    frame = next((frame for frame in reversed(frames) if not frame.filename.startswith(libraries)), frames[-1])
+    text = textwrap.shorten(str(error), 300, placeholder=" ...")
+    return f"{type(error).__name__}: {text} ({Path(frame.filename).name}:{frame.lineno})"
 
 
 def _complete(out: Step, action: np.ndarray | None, job: Job) -> None:
@@ -90,10 +118,16 @@ def _replay(batch: BatchEnv, replay: Replay, out: Step, pipe: Connection, job: J
             _complete(out, action, job)
         if time.monotonic() - said > beat:
             said = time.monotonic()
-            pipe.send("alive")
+            _send(pipe, "alive")
+
+
+def _ending() -> None:
+    """What closes is not to be broken off: it has the time that the supervisor gives it."""
+    signal.signal(signal.SIGTERM, lambda *_: None)
 
 
 def _terminate(*_: object) -> None:
+    _ending()
     raise SystemExit(0)
 
 
@@ -106,9 +140,7 @@ def main() -> None:
     # A module of the user's lies in the directory the trainer runs in.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    # The trainer has gone.
-    with contextlib.suppress(EOFError, ConnectionResetError, BrokenPipeError):
-        serve(Connection(pipe), memory)
+    serve(Connection(pipe), memory)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,37 @@ class Short(Healthy):
         return np.full(1, 0.3, np.float32)
 
 
+class OldReset(Healthy):
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        return super().reset(seed=seed)[0]
+
+
+class OldSeed(Healthy):
+    def reset(self) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.show()
+
+
+class OldStep(Healthy):
+    def step(self, action: Any) -> Any:
+        return self.show(), 1.0, False, {}
+
+
+class NeedsArguments(Healthy):
+    def __init__(self, arena: int, walls: int = 0) -> None:
+        if walls > 9:
+            raise TypeError("an argument: so many walls do not fit")
+        self.arena = arena
+
+    def reward(self) -> float:
+        return float(self.arena)
+
+
+class Unready(Healthy):
+    def __init__(self) -> None:
+        print("looking for the robot")
+        np.zeros(3).reshape(2)
+
+
 class Endless(Healthy):
     """Episodes without an end."""
 
@@ -116,3 +147,4 @@ def register() -> None:
 
 
 register()
+gymnasium.register("LimitedOldStep-v0", entry_point=f"{__name__}:OldStep", max_episode_steps=5)
