@@ -80,9 +80,10 @@ def evaluate(
     """Runs `episodes` whole episodes with actions sampled from the policy; training's own state is left alone.
 
     Every environment runs a fixed share of them, so that short episodes are not over-represented; none is seeded as
-    one of training is. The first episode of each of the first few environments is recorded. An episode that has not come to its end after `steps` decisions
-    is cut, and its environment's share with it: it cannot be told to begin another. None where `stopped` comes true
-    before the end. What environments print goes to the folder `logs`. Raises Fault where the environment fails.
+    one of training is. The first episode of each of the first few environments is recorded. An episode that has not
+    come to its end after `steps` decisions is cut, and its environment's share with it: it cannot be told to begin
+    another. None where `stopped` comes true before the end. What environments print goes to the folder `logs`. Raises
+    Fault where the environment fails.
     """
     count = min(config.env.envs, episodes)
     share = [episodes // count + (i < episodes % count) for i in range(count)]
