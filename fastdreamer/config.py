@@ -216,6 +216,73 @@ class Config:
         return SIZES[self.size]
 
 
+_NETWORKS = "weights and optimisers are of these networks"
+_NEXT_UPDATE = "from the next update on"
+_NEXT_PROCESS = "how this process works, and no part of what is learned"
+FIXED_ON_RESUME = {
+    "preset": "it gave defaults that the run has long recorded",
+    "task": "networks, replay and environments are of its spaces",
+    "size": _NETWORKS,
+    "objective": _NETWORKS,
+    "seed": "the randomness so far is drawn from it",
+    "obs": "networks and replay hold these observations",
+    "envs": "replay and environments are of so many streams",
+    "workers": "environments come back in the processes that they were saved in",
+    "action_repeat": "frames so far are counted by it",
+    "value_head": _NETWORKS,
+    "action_head": _NETWORKS,
+    "decoder": _NETWORKS,
+    "batch_norm": _NETWORKS,
+    "replay_capacity": "the stored rows lie in a ring of this size",
+    "prefill": "updates so far are counted from its end",
+    "train_ratio": "updates so far are counted by it",
+    "logdir": "the run's folder is where it is",
+}
+"""Options that a resumed run keeps, by their names as fields, and why."""
+FREE_ON_RESUME = {
+    "backend": "environments begin new episodes, simulated by the other one",
+    "render": "environments begin new episodes, drawn the other way",
+    "background": "the folder may have moved; environments begin new episodes",
+    "eval_background": "the folder may have moved",
+    "timeout": _NEXT_PROCESS,
+    "batch_norm_momentum": _NEXT_UPDATE,
+    "batch_norm_eps": _NEXT_UPDATE,
+    "beta_pred": _NEXT_UPDATE,
+    "beta_dyn": _NEXT_UPDATE,
+    "beta_rep": _NEXT_UPDATE,
+    "free_nats": _NEXT_UPDATE,
+    "unimix": _NEXT_UPDATE,
+    "teacher_ema": _NEXT_UPDATE,
+    "horizon": _NEXT_UPDATE,
+    "gamma": _NEXT_UPDATE,
+    "lam": _NEXT_UPDATE,
+    "entropy": _NEXT_UPDATE,
+    "actor_gradient": _NEXT_UPDATE,
+    "ema": _NEXT_UPDATE,
+    "return_decay": _NEXT_UPDATE,
+    "batch_size": "replayed steps are counted, so the train ratio holds whatever an update replays",
+    "batch_length": "replayed steps are counted, so the train ratio holds whatever an update replays",
+    "model_lr": _NEXT_UPDATE,
+    "model_eps": _NEXT_UPDATE,
+    "model_clip": _NEXT_UPDATE,
+    "behavior_lr": _NEXT_UPDATE,
+    "behavior_eps": _NEXT_UPDATE,
+    "behavior_clip": _NEXT_UPDATE,
+    "replay_device": _NEXT_PROCESS,
+    "frames": "further than planned, or less far, but not less than the run has come to",
+    "eval_every": "from the next evaluation on",
+    "eval_episodes": "from the next evaluation on",
+    "checkpoint_every": _NEXT_PROCESS,
+    "log_every": "from the next log line on",
+    "device": "on another kind of device noise is drawn anew",
+    "threads": _NEXT_PROCESS,
+    "kernels": _NEXT_PROCESS,
+    "compile": _NEXT_PROCESS,
+    "precision": _NEXT_PROCESS,
+}
+"""All other options: a resumed run may be given another value, and what that changes."""
+
+
 PRESETS: dict[str, Config] = {
     # Learns Catch from pixels within minutes on two cores: a tiny model, hence ten times the usual learning rates.
     "demo": Config(
@@ -419,18 +486,24 @@ def constructor_arguments(text: str | None) -> dict[str, Any]:
     return arguments
 
 
+def options(config: Any) -> dict[str, Any]:
+    """Every option by its name as a field: what the sections of a configuration hold, side by side."""
+    found: dict[str, Any] = {}
+    for each in fields(config):
+        value = getattr(config, each.name)
+        found |= options(value) if is_dataclass(value) else {each.name: value}
+    return found
+
+
 def _check_resumed(before: Config, now: Config) -> None:
     """Raises BadInput for options whose change would falsify what the run has done so far."""
-    fixed = {
-        "--seed": (before.seed, now.seed),
-        "--action-repeat": (before.env.action_repeat, now.env.action_repeat),
-        "--train-ratio": (before.replay.train_ratio, now.replay.train_ratio),
-        "--prefill": (before.replay.prefill, now.replay.prefill),
-        "--logdir": (before.run.logdir, now.run.logdir),
-    }
-    for flag, (old, new) in fixed.items():
-        if old != new:
-            raise BadInput(f"{flag} cannot change in a resumed run ({old} before): leave it out, or start a run anew.")
+    old, new = options(before), options(now)
+    for name, why in FIXED_ON_RESUME.items():
+        if old[name] != new[name]:
+            flag = f"--{'no-' if new[name] is False else ''}{name.replace('_', '-')}"
+            raise BadInput(
+                f"{flag} cannot change in a resumed run ({old[name]} before): {why}; leave it out, or start a run anew."
+            )
 
 
 def load_config(run: Path) -> Config:

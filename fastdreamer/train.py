@@ -3,6 +3,7 @@
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from fastdreamer.config import BadInput, Command, parse_command
 from fastdreamer.envs import rendering
-from fastdreamer.run import records
+from fastdreamer.run import lock, records
 from fastdreamer.run.dry import dry_run
 from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
@@ -28,9 +29,23 @@ def run_command(command: Command, why: str) -> None:
         return
 
     resumed = None if command.resume is None else Path(command.resume)
-    with build(config) as parts:
-        # Only now: what is refused above leaves no folder behind.
-        folder = resumed or records.new_run(Path(config.run.logdir), config.task, asdict(config))
+    with ExitStack() as stack:
+        if resumed is not None:
+            stack.enter_context(lock.held(resumed))
+            if records.is_finished(resumed, config):
+                print(
+                    f"the run in {resumed} is finished: --frames takes it further, and python -m fastdreamer.evaluate "
+                    "evaluates it anew",
+                    flush=True,
+                )
+                return
+        parts = stack.enter_context(build(config))
+        if resumed is not None:
+            folder = resumed
+        else:
+            # Only now: what is refused above leaves no folder behind.
+            folder = records.new_run(Path(config.run.logdir), config.task, asdict(config))
+            stack.enter_context(lock.held(folder))
         with Trainer(parts, folder, resume=resumed is not None) as trainer:
             print(f"run: {folder}", flush=True)
             if resumed is not None:

@@ -73,6 +73,16 @@ def record_resume(run: Path, config: dict[str, Any]) -> None:
         raise BadInput(f"{path} cannot be written ({error.strerror}): make space or the folder writable.") from None
 
 
+def is_finished(run: Path, config: Config) -> bool:
+    """Whether the run has come to the frames that it was last started for, which are `config`'s, and was evaluated."""
+    planned = load_config(run).run.frames
+    try:
+        evaluated = any("eval/return_mean" in row and row["frames"] >= planned for row in read_metrics(run))
+    except OSError:
+        return False
+    return evaluated and config.run.frames == planned
+
+
 def _unused_folder(root: Path, name: str) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     attempt = 1

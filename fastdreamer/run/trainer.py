@@ -36,6 +36,8 @@ class Trainer:
         self.replay, self.learner, self.acting = parts.replay, parts.learner, parts.acting
         self.signals, self.run_folder = _Signals(), folder
         self.decisions = self.logged_at = self.evaluated_at = 0
+        # Updates and replayed steps that were counted when the process began: another batch size counts from there.
+        self._counted = (0, 0)
         self.returns = np.zeros(parts.config.env.envs)
         self.lengths = np.zeros(parts.config.env.envs, np.int64)
         self.pending: Step | None = None
@@ -75,9 +77,23 @@ class Trainer:
     @property
     def updates_due(self) -> int:
         """Updates that the decisions so far call for: the train ratio, exact from the first decision after prefill."""
+        updates, replayed = self._counted
+        return updates + int((self._steps_due - replayed) // self._batch_steps)
+
+    @property
+    def replayed(self) -> int:
+        """Steps that updates have replayed so far."""
+        updates, replayed = self._counted
+        return replayed + (self.learner.updates - updates) * self._batch_steps
+
+    @property
+    def _batch_steps(self) -> int:
+        return self.config.optim.batch_size * self.config.optim.batch_length
+
+    @property
+    def _steps_due(self) -> Fraction:
         trained = max(0, self.decisions - self.config.replay.prefill)
-        ratio = Fraction(str(self.config.replay.train_ratio))
-        return int(trained * ratio / (self.config.optim.batch_size * self.config.optim.batch_length))
+        return trained * Fraction(str(self.config.replay.train_ratio))
 
     def iterate(self) -> None:
         """One row of every environment, and the updates that it makes due.
@@ -165,8 +181,9 @@ class Trainer:
 
     @property
     def _evaluation_due(self) -> bool:
-        every = self.config.run.eval_every
-        return every > 0 and self.frames // every > self.evaluated_at // every
+        """Before the end, which has an evaluation of its own."""
+        run, every = self.config.run, self.config.run.eval_every
+        return every > 0 and self.frames < run.frames and self.frames // every > self.evaluated_at // every
 
     @property
     def resume_command(self) -> str:
@@ -208,6 +225,7 @@ class Trainer:
             "generators": {k: v.get_state() for k, v in self.parts.generators.items()},
             "learner": learner,
             "decisions": self.decisions,
+            "replayed": self.replayed,
             "logged_at": self.logged_at,
             "evaluated_at": self.evaluated_at,
             "carry": {"deter": self.carry.state.deter, "stoch": self.carry.state.stoch, "action": self.carry.action},
@@ -225,11 +243,17 @@ class Trainer:
         self.agent.load_state_dict(state["agent"])
         for name, optimizer in self.parts.optimizers._asdict().items():
             optimizer.load(state["optimizers"][name])
-        for name, noise in self.parts.generators.items():
-            noise.set_state(state["generators"][name])
         self.learner.load(state["learner"])
         self.decisions, self.logged_at = state["decisions"], state["logged_at"]
-        self.evaluated_at, self.under_way = state["evaluated_at"], state["under_way"]
+        self.evaluated_at, self.under_way = state.get("evaluated_at", self.frames), state.get("under_way", False)
+        self._counted = self.learner.updates, state.get("replayed", self._replayed_by_old_versions())
+        for name, noise in self.parts.generators.items():
+            stored = state["generators"][name]
+            if stored.shape == noise.get_state().shape:
+                noise.set_state(stored)
+            else:
+                noise.manual_seed(noise.initial_seed() ^ self.decisions)
+                print(f"noise of `{name}` was drawn on another kind of device and is drawn anew", flush=True)
         carry = state["carry"]
         self.acting.replace(Carry(State(carry["deter"], carry["stoch"]), carry["action"]))
         self.acting.refresh()
@@ -238,6 +262,11 @@ class Trainer:
         lost = self.envs.restore(state["envs"])
         if lost:
             print(f"environments {lost} could not be restored: they begin new episodes", flush=True)
+
+    def _replayed_by_old_versions(self) -> int:
+        """Steps replayed by the updates of a checkpoint that does not tell: one made with this batch, or another."""
+        same = self._steps_due // self._batch_steps == self.learner.updates
+        return self.learner.updates * self._batch_steps if same else int(self._steps_due)
 
 
 class _Signals:

@@ -458,7 +458,7 @@ def test_unwritable_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_checkpoints_that_do_not_fit(own_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(["--resume", str(own_run), "--size", "XS"]) == 2
-    assert re.search(r"of another shape.*--size", capsys.readouterr().err)
+    assert "--size cannot change in a resumed run" in capsys.readouterr().err
     for state in own_run.glob("checkpoints/0*/state.pt"):
         state.write_bytes(state.read_bytes()[:-100])
     assert train.main(["--resume", str(own_run)]) == 2
