@@ -3,7 +3,8 @@
 import argparse
 import json
 import math
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -506,36 +507,86 @@ def _check_resumed(before: Config, now: Config) -> None:
             )
 
 
+RECORD_FORMAT = 1
+"""Of the record that a run keeps of its options; goes up when an option is added."""
+ADDED = {"threads": 1}
+"""Options that records of an older format than this lack; their runs go on with the option's own default."""
+
+
 def load_config(run: Path) -> Config:
-    """What a run folder's config.yaml records. Raises BadInput where there is none or it is broken."""
+    """What a run folder's config.yaml records. Raises BadInput where there is none, or where it is not whole."""
+    path = run / "config.yaml"
+    config = _rebuilt(Config, read_record(run)["config"])
+    try:
+        check(config)
+    except BadInput as error:
+        raise BadInput(f"{path} holds what cannot be: {error}") from None
+    return config
+
+
+def read_record(run: Path) -> dict[str, Any]:
+    """A run folder's config.yaml: `config` with every option, `resumed`, and what the run was started with.
+
+    Raises BadInput where there is none, where it cannot be read, or where an option is missing or no value of its kind.
+    """
     import yaml
 
     path = run / "config.yaml"
     try:
-        stored = yaml.safe_load(path.read_text())["config"]
-        config = from_dict(Config, stored)
-        check(config)
-        return config
+        record = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise BadInput(f"There is no run at {run}: {path} is missing; name a folder under --logdir.") from None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as a run's configuration ({error}): restore it or start anew.") from None
+    # A damaged file's tags make PyYAML raise what it likes: ValueError, KeyError, AttributeError, RecursionError.
+    except Exception as error:
+        raise _unreadable(path, str(error) or type(error).__name__) from None
+    if not isinstance(record, dict) or not isinstance(record.get("config"), dict):
+        raise _unreadable(path, "it holds no options under `config`")
+    record.setdefault("resumed", [])
+    written = record.setdefault("format", 0)
+    if type(written) is not int or not isinstance(record["resumed"], list):
+        raise _unreadable(path, "`format` is no number or `resumed` no list")
+    if written > RECORD_FORMAT:
+        raise BadInput(
+            f"{path} has format {written} and this version reads {RECORD_FORMAT}: use the version that wrote it."
+        )
+    faults = list(_faults(Config, record["config"], written))
+    if faults:
+        more = f", and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise _unreadable(path, "; ".join(faults[:4]) + more)
+    return record
 
 
-def from_dict(kind: type[Any], values: dict[str, Any]) -> Any:
-    """Rebuilds a nested configuration from what `dataclasses.asdict` gave. Raises TypeError for what does not fit."""
-    types = {f.name: f.type for f in fields(kind)}
-    for name, value in values.items():
-        if name in types and not _fits(value, types[name]):
-            raise TypeError(f"{name} is {value!r}")
-    nested = {name: of for name, of in types.items() if isinstance(of, type) and is_dataclass(of)}
-    return kind(**{name: from_dict(nested[name], v) if name in nested else v for name, v in values.items()})
+def _unreadable(path: Path, why: str) -> BadInput:
+    return BadInput(
+        f"{path} cannot be read as a run's configuration ({' '.join(why.split())}): write it as it was, or start a run "
+        "anew."
+    )
+
+
+def _faults(kind: type[Any], values: dict[Any, Any], written: int, place: str = "") -> Iterator[str]:
+    """What a nested record of a format lacks of a configuration, or has besides or of another type."""
+    types = {each.name: each.type for each in fields(kind)}
+    for name, of in types.items():
+        if name not in values:
+            if ADDED.get(name, 0) <= written:
+                yield f"it lacks {place}{name}"
+        elif not _fits(values[name], of):
+            yield f"{place}{name} is {reprlib.repr(values[name])}"
+        elif isinstance(of, type) and is_dataclass(of):
+            yield from _faults(of, values[name], written, f"{place}{name}.")
+    yield from (f"{place}{reprlib.repr(name)} is no option of this version" for name in values if name not in types)
+
+
+def _rebuilt(kind: type[Any], values: dict[str, Any]) -> Any:
+    """The nested configuration of a whole record."""
+    nested = {each.name: each.type for each in fields(kind) if isinstance(each.type, type) and is_dataclass(each.type)}
+    return kind(**{name: _rebuilt(nested[name], v) if name in nested else v for name, v in values.items()})
 
 
 def _fits(value: Any, kind: Any) -> bool:
     """Whether a value from a file is of a field's type: a class, a Literal, or `str | None`."""
     if get_origin(kind) is Literal:
-        return value in get_args(kind)
+        return isinstance(value, str) and value in get_args(kind)
     if is_dataclass(kind):
         return isinstance(value, dict)
     if kind is float:

@@ -203,7 +203,7 @@ class Checkpoints:
                 # Renamed first: a checkpoint half deleted would pass for a damaged one.
                 scratch = self.folder / f"{_SCRATCH}{path.name}"
                 os.replace(path, scratch)
-                shutil.rmtree(scratch)
+                _remove(scratch)
         manifests = [_read_manifest(path) for path in kept]
         self._chunks.prune(chunk for m in manifests if m["replay"] is not None for chunk in m["replay"]["chunks"])
         self._damaged.clear()
@@ -211,10 +211,8 @@ class Checkpoints:
     def _clean(self) -> None:
         """Deletes what an interrupted save left behind."""
         for path in [*self.folder.glob(f"{_SCRATCH}*"), *self._chunks.folder.glob(f"{_SCRATCH}*")]:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                _remove(path)
 
     def _folders(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("*") if _NAME.fullmatch(path.name))
@@ -408,8 +406,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     try:
         manifest = json.loads(file.read_bytes())
+        if not isinstance(manifest, dict):
+            raise ValueError("it is no JSON object")
         crc = manifest.pop("crc32")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise _Damaged(file, error) from error
     if crc != _manifest_crc(manifest):
         raise _Damaged(file, "its checksum differs")
@@ -434,6 +434,13 @@ def _chunk_name(chunk: Mapping[str, int]) -> str:
 
 def _stop(chunk: Mapping[str, int]) -> int:
     return chunk["first"] + chunk["rows"]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _size(path: Path) -> int:

@@ -7,6 +7,7 @@ the string "nan", "inf" or "-inf", which `float` reads. Tags under `speed/` and 
 seed; everything else is a function of the configuration on CPU.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -24,30 +25,36 @@ from typing import Any
 
 import numpy as np
 
-from fastdreamer.config import BadInput, Config, defaults, load_config
+from fastdreamer.config import RECORD_FORMAT, BadInput, Config, defaults, load_config, read_record
 
 METRICS = "metrics.jsonl"
 PRINTED = "environments"
 """Folder of what environments print, a bounded file for each worker that does; those of evaluations below it."""
 RECORDED_VERSIONS = ("torch", "triton", "numpy", "envpool", "mujoco", "dm_control", "gymnasium")
 RECENT_EPISODES = 10
+COUNTERS = ("frames", "updates", "seconds")
+"""Tags of a line of metrics without which, or with another value than a number, it counts as damaged."""
 
 
 def new_run(root: Path, task: str, config: dict[str, Any]) -> Path:
     """Makes `root/<task>-<YYYYmmdd-HHMMSS>/` with the `config.yaml` that says how to repeat the run, and returns it.
 
-    `config` is what `dataclasses.asdict` gives; `config.yaml` holds it under `config`, beside versions of Python and
-    of the packages that results depend on, the commit of a checkout and whether it was changed, and the command line.
-    Raises BadInput where the folder cannot be written.
+    `config` is what `dataclasses.asdict` gives; `config.yaml` holds it under `config`, beside its format, versions of
+    Python and of the packages that results depend on, the commit of a checkout and whether it was changed, and the
+    command line. Raises BadInput where the folder cannot be written.
     """
     import yaml
 
     name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    record = {"config": config, "versions": _versions(), "git": _commit(), "command": shlex.join(sys.orig_argv)}
+    record = {"format": RECORD_FORMAT, "config": config, "versions": _versions(), "git": _commit()}
+    record["command"] = shlex.join(sys.orig_argv)
+    run = None
     try:
         run = _unused_folder(root, name)
-        (run / "config.yaml").write_text(yaml.safe_dump(record, sort_keys=False))
+        write_whole(run / "config.yaml", yaml.safe_dump(record, sort_keys=False).encode())
     except OSError as error:
+        if run is not None:
+            run.rmdir()
         raise BadInput(
             f"No run can be written under {root} ({error.strerror}): name a writable folder with space by --logdir."
         ) from None
@@ -61,16 +68,30 @@ def record_resume(run: Path, config: dict[str, Any]) -> None:
     """
     import yaml
 
+    record = read_record(run)
+    record["format"], record["config"] = RECORD_FORMAT, config
+    record["resumed"].append({"git": _commit(), "command": shlex.join(sys.orig_argv)})
     path = run / "config.yaml"
     try:
-        record = yaml.safe_load(path.read_text())
-        record["config"] = config
-        record.setdefault("resumed", []).append({"git": _commit(), "command": shlex.join(sys.orig_argv)})
-        beside = path.with_suffix(".new")
-        beside.write_text(yaml.safe_dump(record, sort_keys=False))
-        beside.replace(path)
+        write_whole(path, yaml.safe_dump(record, sort_keys=False).encode())
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}): make space or the folder writable.") from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file beside and renames it: `path` is as it was or as it should be. Raises OSError, and leaves nothing
+    behind then."""
+    beside = path.with_name(f".{path.name}.unfinished")
+    try:
+        with beside.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise
 
 
 def is_finished(run: Path, config: Config) -> bool:
@@ -122,7 +143,7 @@ def _commit() -> dict[str, Any] | None:
 
 
 def read_metrics(run: Path) -> Iterator[dict[str, float]]:
-    """The lines of a run's `metrics.jsonl`, values as floats. A line cut short by a crash is left out.
+    """The lines of a run's `metrics.jsonl`, values as floats. A line that is cut short or damaged is left out.
 
     Raises FileNotFoundError and other OSErrors.
     """
@@ -136,9 +157,10 @@ def read_metrics(run: Path) -> Iterator[dict[str, float]]:
 def _parse(line: str) -> dict[str, float] | None:
     try:
         row = {tag: float(value) for tag, value in json.loads(line).items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
-    return row if "frames" in row else None
+    counted = all(math.isfinite(row.get(tag, 0)) for tag in COUNTERS)
+    return row if "frames" in row and counted else None
 
 
 def rewind(run: Path, frames: int, updates: float = math.inf) -> list[dict[str, float]]:
@@ -150,9 +172,7 @@ def rewind(run: Path, frames: int, updates: float = math.inf) -> list[dict[str, 
         return []
     kept = [(line, row) for line in lines if (row := _parse(line)) is not None]
     kept = [(line, row) for line, row in kept if row["frames"] <= frames and row.get("updates", 0) <= updates]
-    fresh = path.with_suffix(".jsonl.new")
-    fresh.write_text("".join(line if line.endswith("\n") else line + "\n" for line, _ in kept), encoding="utf-8")
-    os.replace(fresh, path)
+    write_whole(path, "".join(line if line.endswith("\n") else line + "\n" for line, _ in kept).encode())
     return [row for _, row in kept]
 
 
