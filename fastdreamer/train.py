@@ -58,10 +58,10 @@ def run_command(command: Command, why: str) -> None:
                 trainer.train()
             except NonFinite as error:
                 last = trainer.checkpoints.latest() if trainer.checkpoints else None
-                mend = f"resume from {last} with: {trainer.resume_command}" if last else "no checkpoint was written yet"
-                raise SystemExit(
-                    f"error: {error.name} became {error.value} at update {error.update}; {mend}."
-                ) from None
+                mend = "no checkpoint was written yet"
+                if last is not None:
+                    mend = f"resume from {last} with: {records.resume_command(folder)}"
+                raise SystemExit(f"error: {error.name} became {error.value} at update {error.update}; {mend}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -35,8 +35,7 @@ class _Damaged(BadInput):
 
     def __init__(self, file: Path, why: object) -> None:
         super().__init__(
-            f"{file} is damaged ({why}): resume from another checkpoint, or delete this one to go back to the one "
-            "before it."
+            f"{file} is damaged ({' '.join(str(why).split())}): restore it; without it the checkpoint before is taken."
         )
 
 
@@ -163,7 +162,7 @@ class Checkpoints:
                 ) from error
             raise BadInput(
                 f"The checkpoint of step {step} cannot be written in {self.folder} ({error}): make the folder "
-                "writable, or name another with --logdir."
+                "writable, or copy the run elsewhere and name its folder with --resume."
             ) from error
 
     def _save(self, step: int, encoded: Any, found: Mapping[str, tuple], replay: Replay | None) -> Path:
@@ -268,13 +267,9 @@ class Checkpoints:
             check_shapes(expected, {name: tuple(shape) for name, shape in manifest["shapes"].items()})
         if replay is not None:
             if manifest["replay"] is None:
-                raise BadInput(f"{path} holds no replay to go on with: name another checkpoint, or start a run anew.")
-            stored = {f"replay.{name}": tuple(shape) for name, shape in manifest["replay"]["fields"].items()}
-            check_shapes(
-                {f"replay.{name}": tuple(shape) for name, shape in _fields(replay).items()},
-                stored,
-                "leave --envs, --replay-capacity and --obs as the run was started",
-            )
+                raise BadInput(f"{path} holds no replay to go on with: start a run anew.")
+            here, there = _fields(replay), manifest["replay"]["fields"]
+            check_shapes(*({f"replay.{name}": tuple(x) for name, x in each.items()} for each in (here, there)))
         file = path / "state.pt"
         _check_file(file, manifest["files"]["state.pt"])
         try:
@@ -293,20 +288,20 @@ def shapes(state: Any) -> dict[str, tuple]:
     return {name: tuple(value.shape) for name, value in _arrays(state).items()}
 
 
-def check_shapes(
-    expected: Mapping[str, tuple],
-    found: Mapping[str, tuple],
-    mend: str = "leave --size, --task and --objective as the run was started",
-) -> None:
+def check_shapes(expected: Mapping[str, tuple], found: Mapping[str, tuple]) -> None:
     """Raises BadInput that names the first entry in which a checkpoint (`found`) differs, both shapes and the mend.
 
+    What would change a shape cannot change in a resumed run: only an edited record, or another environment, gets here.
     Compares under the top-level names of `expected`; what `found` has under other ones is not looked at.
     """
     roots = {name.split(".")[0] for name in expected}
     for name in [*expected, *(name for name in found if name.split(".")[0] in roots and name not in expected)]:
         if expected.get(name) != found.get(name):
             there, here = (str(each[name]) if name in each else "missing" for each in (found, expected))
-            raise BadInput(f"The checkpoint is of another shape, {name} being {there} in it and {here} here: {mend}.")
+            raise BadInput(
+                f"The checkpoint is of another shape, {name} being {there} in it and {here} here: the run's "
+                "config.yaml or its environment has changed since; make them as they were, or start a run anew."
+            )
 
 
 def _arrays(state: Any, name: str = "") -> dict[str, torch.Tensor | np.ndarray]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastdreamer.config import BadInput
 from fastdreamer.run.pictures import encode_gif
-from fastdreamer.run.records import METRICS, RECENT_EPISODES, rewind
+from fastdreamer.run.records import METRICS, RECENT_EPISODES, resume_command, rewind
 
 PLAIN_INTERVAL = 10.0  # seconds between progress lines where the output is no terminal
 LIVE_INTERVAL = 0.25  # seconds between redraws of the live display
@@ -109,7 +109,7 @@ class Logger:
             self._display.draw(self._progress.state())
 
     def message(self, text: str) -> None:
-        """Prints a line, above the display where there is one."""
+        """Prints a line, above the display where there is one; after `close` too, as the last."""
         self._display.print(text)
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class Logger:
     def _unwritable(self, error: OSError) -> BadInput:
         return BadInput(
             f"The logs in {self.run} cannot be written ({error.strerror}): make space or the folder writable, "
-            f"then go on with --resume {self.run}."
+            f"then go on with: {resume_command(self.run)}"
         )
 
 
@@ -264,7 +264,7 @@ class _LiveDisplay:
         self._live.update(Group(head, Text(state.returns, style="bold"), Text(foot, style="dim")), refresh=True)
 
     def print(self, text: str) -> None:
-        self._live.console.print(text, markup=False, highlight=False)
+        self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._live.stop()

@@ -78,6 +78,11 @@ def record_resume(run: Path, config: dict[str, Any]) -> None:
         raise BadInput(f"{path} cannot be written ({error.strerror}): make space or the folder writable.") from None
 
 
+def resume_command(run: Path) -> str:
+    """The command that goes on with a run, as a shell takes it."""
+    return shlex.join(["python", "-m", "fastdreamer.train", "--resume", str(run)])
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file beside and renames it: `path` is as it was or as it should be. Raises OSError, and leaves nothing
     behind then."""

@@ -24,6 +24,7 @@ from fastdreamer.run import logger, records
 from fastdreamer.run.checkpoint import Checkpoints, shapes
 from fastdreamer.run.evaluation import episode_limit, evaluate, record
 from fastdreamer.run.parts import Parts
+from fastdreamer.run.records import resume_command
 from fastdreamer.runtime.learner import NonFinite
 
 
@@ -157,6 +158,7 @@ class Trainer:
     def train(self) -> None:
         """Runs to the end of the budget, a signal, or an error; then evaluates. Raises BadInput, NonFinite."""
         assert self.log is not None
+        assert self.run_folder is not None
         run, stop, saved = self.config.run, self.signals, time.monotonic()
         self.envs.stopped = lambda: stop.received is not None
         with stop:
@@ -176,7 +178,9 @@ class Trainer:
             if not stop.received:
                 self.evaluate(final=True)
         if stop.received:
-            self.log.message(f"stopped by {stop.received.name}; go on with: {self.resume_command}")
+            # The last line of all: it is there to be copied.
+            self.log.close()
+            self.log.message(f"stopped by {stop.received.name}; go on with: {resume_command(self.run_folder)}")
             raise SystemExit(128 + stop.received)
 
     @property
@@ -184,10 +188,6 @@ class Trainer:
         """Before the end, which has an evaluation of its own."""
         run, every = self.config.run, self.config.run.eval_every
         return every > 0 and self.frames < run.frames and self.frames // every > self.evaluated_at // every
-
-    @property
-    def resume_command(self) -> str:
-        return f"python -m fastdreamer.train --resume {self.run_folder}"
 
     def evaluate(self, *, final: bool = False) -> None:
         """Evaluates the agent as it is, records the result, and redraws the run's pictures; a signal cuts it short."""

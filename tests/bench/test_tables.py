@@ -150,7 +150,7 @@ def test_write_fills_blocks_alone_and_check_finds_a_changed_digit(repository, ca
         ("\n<!-- end of bench -->", "", "line 3, <!-- bench: scaling B -->: one `<!-- end of bench -->` belongs"),
         ("The end", "<!-- end of bench -->", "line 6, <!-- end of bench -->: one `<!-- end of bench -->` belongs"),
         ("<!-- end", "<!-- bench: update -->\n<!-- end", "line 3, <!-- bench: scaling B -->: one"),
-        ("scaling B", "update: decision", "line 3, <!-- bench: update: decision -->: SHOWN's devices have no such results"),
+        ("scaling B", "update: decision", "line 3, <!-- bench: update: decision -->: SHOWN's devices have no"),
         ("scaling B", "loop", "no such results"),  # another CPU's
     ],
 )

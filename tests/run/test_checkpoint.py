@@ -236,7 +236,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, how: str, name: str
     add(replay, 20)
     path = keeper.save(2, state_of(2), replay)
     damage(path / name, how)
-    with pytest.raises(BadInput, match=rf"000000000002/{name} is damaged .*: resume from another") as refusal:
+    with pytest.raises(BadInput, match=rf"000000000002/{name} is damaged .*: restore it") as refusal:
         Checkpoints(tmp_path).load(path, make_replay())
     assert "\n" not in str(refusal.value)
     resumed, twin = Checkpoints(tmp_path), make_replay()
@@ -331,7 +331,7 @@ def test_another_shape_is_named_before_anything_is_read(tmp_path: Path):
     path = Checkpoints(tmp_path).save(1, {"agent": {"a": torch.zeros(2), "w": torch.zeros(3, 4)}, "n": 1}, None)
     (path / "state.pt").unlink()
     expected = {"agent": {"a": torch.zeros(2), "w": np.zeros((3, 5))}}
-    with pytest.raises(BadInput, match=r"agent\.w being \(3, 4\) in it and \(3, 5\) here: .*--size, --task"):
+    with pytest.raises(BadInput, match=r"agent\.w being \(3, 4\) in it and \(3, 5\) here: .*config\.yaml"):
         Checkpoints(tmp_path).load(expected=shapes(expected))
 
 
@@ -339,8 +339,8 @@ def test_check_shapes_looks_under_the_same_roots_alone():
     found = shapes({"agent": [torch.zeros(2), np.zeros(())], "other": torch.zeros(1)})
     assert found == {"agent.0": (2,), "agent.1": (), "other": (1,)}
     check_shapes({"agent.0": (2,), "agent.1": ()}, found)
-    with pytest.raises(BadInput, match=r"agent\.1 being \(\) in it and missing here: turn back"):
-        check_shapes({"agent.0": (2,)}, found, "turn back")
+    with pytest.raises(BadInput, match=r"agent\.1 being \(\) in it and missing here: "):
+        check_shapes({"agent.0": (2,)}, found)
     with pytest.raises(BadInput, match=r"agent\.2 being missing in it and \(9,\) here"):
         check_shapes({"agent.0": (2,), "agent.1": (), "agent.2": (9,)}, found)
 
@@ -348,7 +348,7 @@ def test_check_shapes_looks_under_the_same_roots_alone():
 def test_another_ring_is_named(tmp_path: Path):
     Checkpoints(tmp_path).save(1, state_of(1), make_replay(5))
     with pytest.raises(
-        BadInput, match=r"replay\.vector being \(50, 2, 3\) in it and \(60, 2, 3\) here: .*--replay-cap"
+        BadInput, match=r"replay\.vector being \(50, 2, 3\) in it and \(60, 2, 3\) here: .*config\.yaml"
     ):
         Checkpoints(tmp_path).load(replay=make_replay(capacity=60 * ENVS))
     Checkpoints(tmp_path).save(2, state_of(2), None)
@@ -394,8 +394,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     [
         (errno.ENOSPC, r"needs up to [\d,]+ bytes and there is no room \(No space"),
         (errno.EDQUOT, "there is no room"),
-        (errno.EACCES, r"cannot be written in .*--logdir"),
-        (errno.EROFS, r"cannot be written in .*--logdir"),
+        (errno.EACCES, r"cannot be written in .*--resume"),
+        (errno.EROFS, r"cannot be written in .*--resume"),
     ],
 )
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -461,7 +461,7 @@ def test_checkpoints_that_do_not_fit(own_run: Path, tmp_path: Path, capsys: pyte
     assert "--size cannot change in a resumed run" in capsys.readouterr().err
     for state in own_run.glob("checkpoints/0*/state.pt"):
         state.write_bytes(state.read_bytes()[:-100])
-    assert train.main(["--resume", str(own_run)]) == 2
+    assert train.main(["--resume", str(own_run), "--frames", "600"]) == 2
     error = capsys.readouterr().err
     assert "state.pt" in error
     assert "Traceback" not in error
