@@ -1,6 +1,5 @@
-"""Every option of a run, as frozen dataclasses; presets; the command line. Imports nothing of ours."""
+"""Every option of a run, as frozen dataclasses; presets; the trainer's command line."""
 
-import argparse
 import json
 import math
 import reprlib
@@ -9,15 +8,11 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from fastdreamer import commandline
+from fastdreamer.commandline import BadInput
+
 MAX_SEED = 10**9
 """Seeds lie below; environments of an evaluation are seeded from beyond."""
-
-
-class BadInput(Exception):
-    """The user's input cannot be served. The message is one sentence that names the option and the mend.
-
-    The command line prints it without a traceback and exits with code 2.
-    """
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,9 @@ class ModelConfig:
     batch_norm: Literal["posterior", "encoder", "none"] = "posterior"
     """Where BatchNorm takes LayerNorm's place. The paper says `representation network`; `posterior` is our reading."""
     batch_norm_momentum: float = 0.1
+    """Share of a batch in the running means that acting uses."""
     batch_norm_eps: float = 1e-3
+    """Added to variances before BatchNorm divides by them."""
     beta_pred: float = 1.0
     """Weight of the prediction losses."""
     beta_dyn: float = 0.95
@@ -90,6 +87,7 @@ class ModelConfig:
     beta_rep: float = 0.05
     """Weight of the KL that trains the posterior."""
     free_nats: float = 1.0
+    """KL below which the KL losses do not pull any more."""
     unimix: float = 0.01
     """Uniform mixed into every categorical."""
     teacher_ema: float = 0.02
@@ -123,7 +121,9 @@ class BehaviorConfig:
     horizon: int = 15
     """Imagined steps (H)."""
     gamma: float = 0.997
+    """Discount of rewards a step."""
     lam: float = 0.95
+    """Lambda of the returns: 0 trusts the critic at once, 1 the imagined rewards to the end."""
     entropy: float = 3e-4
     """Weight of the actor's entropy."""
     actor_gradient: Literal["auto", "dynamics", "reinforce"] = "auto"
@@ -146,12 +146,17 @@ class OptimConfig:
     batch_length: int = 64
     """Steps of each (T)."""
     model_lr: float = 1e-4
+    """Learning rate of the world model."""
     model_eps: float = 1e-8
+    """Epsilon of the world model's Adam."""
     model_clip: float = 1000.0
+    """Norm to which the world model's gradient is clipped."""
     behavior_lr: float = 3e-5
-    """Of the actor and of the critic."""
+    """Learning rate of the actor and of the critic."""
     behavior_eps: float = 1e-5
+    """Epsilon of their Adam."""
     behavior_clip: float = 100.0
+    """Norm to which each one's gradient is clipped."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +178,7 @@ class RunConfig:
     eval_every: int = 0
     """Frames between evaluations; 0 evaluates at the end alone."""
     eval_episodes: int = 10
+    """Whole episodes of an evaluation."""
     eval_steps: int = 0
     """Decisions after which an evaluation cuts an episode; 0: ten times the longest in training, at least 10,000."""
     checkpoint_every: float = 300.0
@@ -180,11 +186,13 @@ class RunConfig:
     log_every: int = 50
     """Updates between log lines; metrics are means over them."""
     logdir: str = "runs"
+    """Folder in which runs get folders of their own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What trains. `auto`: a CUDA device where there is one."""
     threads: int = 0
     """Threads of the trainer's own work on a CPU; 0 chooses by size and by what environment workers need."""
     kernels: Literal["auto", "reference", "fused"] = "auto"
-    """Implementation of the hot operations."""
+    """Of the hot operations: Triton kernels or plain PyTorch. `auto`: fused where there is a CUDA device."""
     compile: bool = False
     """On a GPU compile the update and capture it as one graph; on a CPU compile its elementwise operations."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -199,12 +207,14 @@ class Config:
     preset: Literal["demo", "dmc", "atari", "general"]
     """Defaults for a kind of task; chosen by `--task` (or by whether there is a GPU) unless given."""
     task: str
-    """dmc/<domain>_<task>, atari/<game>, envpool/<Id>, gym/<Id> or gym/<module>:<Id>; synthetic/continuous or
+    """Task: dmc/<domain>_<task>, atari/<game>, envpool/<Id>, gym/<Id> or gym/<module>:<Id>; synthetic/continuous or
     synthetic/discrete for rows that cost nothing."""
     size: Literal["tiny", "XS", "S", "M", "L", "XL"] = "S"
+    """Widths and depths of all networks."""
     objective: Literal["mudreamer", "dreamerv3"] = "mudreamer"
     """Sets the heads, the norm and the KL weights together."""
     seed: int = 0
+    """Of weights, environments and all noise: on a CPU a run repeats bit for bit."""
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
@@ -334,49 +344,120 @@ def defaults(preset: str, task: str | None = None, objective: str = "mudreamer")
 
 
 @dataclass(frozen=True)
+class Flags:
+    """Options of the command and not of a run: what it does, with which run."""
+
+    resume: str | None = None
+    """Run folder to go on with, whose record gives the defaults of all options; `latest`: the run under --logdir that
+    was started or resumed last."""
+    config: str | None = None
+    """File of options (YAML), such as a run's config.yaml; those on the command line win."""
+    name: str | None = None
+    """Name of the run's folder under --logdir, instead of task and time."""
+    dry_run: bool = False
+    """Build everything, print parameters, memory and one update's losses, and exit."""
+    verbose: bool = False
+    """With --dry-run: print the shape of every parameter too."""
+
+
+@dataclass(frozen=True)
 class Command:
-    """python -m fastdreamer.train: trains a world-model agent from pixels."""
+    """What the trainer is to do: `resume` a run folder, or start one, of a `name` perhaps."""
 
     config: Config
     resume: str | None = None
-    """Run folder to go on with; its own config.yaml gives the defaults of every other flag."""
+    name: str | None = None
     dry_run: bool = False
-    """Build everything, print parameters, memory and one update's losses, and exit."""
+    verbose: bool = False
+
+
+TITLES = {
+    "flags": "What to do",
+    "": "What to train",
+    "env": "Environments",
+    "model": "World model (--objective sets its parts together, each option here changes one)",
+    "behavior": "Actor and critic, learned in imagination",
+    "optim": "Updates and optimisers",
+    "replay": "Replay of past steps",
+    "run": "Length, records and use of this machine",
+}
+"""Of the sections of a configuration, as the help names them."""
+USAGE = "python -m fastdreamer.train [--option value ...]"
+EXAMPLES = (
+    "python -m fastdreamer.train                                     # the preset that suits this machine",
+    "python -m fastdreamer.train --task dmc/cheetah_run --seed 1 --frames 500k --compile",
+    "python -m fastdreamer.train --task gym/my_envs:Reach-v0 --obs vector --name reach",
+    "python -m fastdreamer.train --config runs/reach/config.yaml --seed 2 --name reach-2",
+    "python -m fastdreamer.train --resume latest --frames 2M",
+    "python -m fastdreamer.train --dry-run --task dmc/walker_walk    # what it would be and take",
+)
 
 
 def parse_command(argv: Sequence[str], *, cuda: bool) -> tuple[Command, str]:
     """Reads the command line of the trainer: the command, and the sentence that says which preset was taken and why.
 
-    `--preset`, `--task` and `--objective` set the defaults that every other flag then changes. Raises BadInput, and
-    SystemExit (code 2) for what is not an option at all.
+    `--preset`, `--task` and `--objective` set the defaults that every other option then changes. Raises BadInput, and
+    SystemExit (code 0) where help is asked for.
     """
-    import tyro
-
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name, choices in (("preset", [*PRESETS]), ("task", None), ("objective", [*OBJECTIVES]), ("resume", None)):
-        scan.add_argument(f"--{name}", choices=choices)
-    given, _ = scan.parse_known_args(list(argv))
-    if given.resume is not None:
-        for name in ("preset", "objective", "task"):
-            if getattr(given, name) is not None:
+    of_flags, of_config = commandline.options_of(Flags, "flags"), commandline.options_of(Config)
+    given, words = commandline.read(argv, [*of_flags, *of_config])
+    if words:
+        mend = f"--task {words[0]}" if "/" in words[0] else "options as --name value"
+        raise BadInput(f"{words[0]} belongs to no option: write {mend}.")
+    flags = commandline.put(Flags(), given)
+    in_file, resumed = {}, None
+    if flags.resume is not None:
+        for name in ("preset", "objective", "task", "name", "config"):
+            if name in given:
                 raise BadInput(
                     f"--{name} cannot change in a resumed run: leave it out, or start a run without --resume."
                 )
-        default, why = load_config(Path(given.resume)), f"as the run {given.resume} was started"
+        resumed = Path(flags.resume)
+        if flags.resume == "latest":
+            resumed = latest_run(Path(given.pop("logdir", RunConfig().logdir)))
+        default, why = load_config(resumed), f"as the run {resumed} was started"
     else:
-        preset, why = choose_preset(given.preset, given.task, cuda)
-        default = defaults(preset, given.task, given.objective or "mudreamer")
-    command = tyro.cli(
-        Command,
-        args=list(argv),
-        default=Command(default),
-        prog="python -m fastdreamer.train",
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
-    if given.resume is not None:
-        _check_resumed(default, command.config)
-    check(command.config)
-    return command, f"preset {command.config.preset} ({command.config.task}, size {command.config.size}) {why}"
+        if flags.config is not None:
+            in_file = commandline.read_file(Path(flags.config), of_config)
+        if given.get("objective", in_file.get("objective")) != in_file.get("objective"):
+            in_file = {name: value for name, value in in_file.items() if name not in OBJECTIVES["mudreamer"]}
+        chosen = in_file | given
+        preset, why = choose_preset(chosen.get("preset"), chosen.get("task"), cuda)
+        if "preset" in in_file and "preset" not in given:
+            why = f"as {flags.config} says"
+        default = defaults(preset, chosen.get("task"), chosen.get("objective", "mudreamer"))
+    if given.get("help"):
+        titled = {title: [o for o in [*of_flags, *of_config] if o.section == s] for s, title in TITLES.items()}
+        text = "Trains a world-model agent. Counts may be written 400k, 1M or 1e6. "
+        text += f"Defaults stand in brackets: of preset {default.preset}, {why}."
+        print(commandline.listing(USAGE, text, titled, options(default) | options(Flags()), EXAMPLES))
+        raise SystemExit(0)
+    config = commandline.put(default, in_file | given)
+    if resumed is not None:
+        _check_resumed(default, config)
+    check(config)
+    _check_name(flags.name, Path(config.run.logdir))
+    command = Command(config, None if resumed is None else str(resumed), flags.name, flags.dry_run, flags.verbose)
+    return command, f"preset {config.preset} ({config.task}, size {config.size}) {why}"
+
+
+def _check_name(name: str | None, root: Path) -> None:
+    if name is None:
+        return
+    if name in (".", "..", "latest") or "/" in name or "\0" in name:
+        raise BadInput(f"--name {name} cannot be the name of a run's folder: take letters, digits, dots and dashes.")
+    if (root / name).exists():
+        raise BadInput(
+            f"--name {name}: {root / name} is there already; take another name, or go on with --resume {root / name}."
+        )
+
+
+def latest_run(root: Path) -> Path:
+    """The run's folder under `root` that was started or resumed last. Raises BadInput where there is none."""
+    runs = sorted(root.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime_ns)
+    if not runs:
+        raise BadInput(f"--resume latest: there is no run under {root}; name the folder of your runs by --logdir.")
+    return runs[-1].parent
 
 
 def check(config: Config) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from fastdreamer import commandline
 from fastdreamer.config import BadInput, load_config
 from fastdreamer.run.evaluation import episode_limit, evaluate, load_agent, video
 from fastdreamer.run.parts import choose_threads
@@ -23,6 +24,7 @@ class Command:
     run: str
     """Run folder."""
     episodes: int = 10
+    """Whole episodes to run."""
     eval_steps: int = 0
     """Decisions after which an episode is cut; 0 takes the run's own --eval-steps."""
     video: bool = False
@@ -32,8 +34,17 @@ class Command:
     json: bool = False
     """Print one JSON object with return_mean, return_std and returns."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """What the agent runs on. `auto`: a CUDA device where there is one."""
     threads: int = 0
     """Threads on a CPU; 0 chooses as the trainer does."""
+
+
+USAGE = "python -m fastdreamer.evaluate RUN [--option value ...]"
+EXAMPLES = (
+    "python -m fastdreamer.evaluate runs/<run>",
+    "python -m fastdreamer.evaluate runs/<run> --episodes 20 --video",
+    "python -m fastdreamer.evaluate runs/<run> --background videos/other --json",
+)
 
 
 def run_command(command: Command) -> None:
@@ -77,12 +88,10 @@ def run_command(command: Command) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: exit code 0, or 2 with one sentence for bad input."""
-    import tyro
-
-    tyro_config = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
-    command = tyro.cli(Command, args=argv, prog="python -m fastdreamer.evaluate", config=tyro_config)
     try:
-        run_command(command)
+        run_command(
+            commandline.command(Command, sys.argv[1:] if argv is None else argv, usage=USAGE, examples=EXAMPLES)
+        )
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

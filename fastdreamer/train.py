@@ -44,7 +44,7 @@ def run_command(command: Command, why: str) -> None:
             folder = resumed
         else:
             # Only now: what is refused above leaves no folder behind.
-            folder = records.new_run(Path(config.run.logdir), config.task, asdict(config))
+            folder = records.new_run(Path(config.run.logdir), config.task, asdict(config), command.name)
             stack.enter_context(lock.held(folder))
         with Trainer(parts, folder, resume=resumed is not None) as trainer:
             print(f"run: {folder}", flush=True)

@@ -4,16 +4,17 @@ Prints one row a run, a mean over seeds where several runs differ in nothing but
 the same task beside them; redraws each run's `learning_curve.png`.
 """
 
-import argparse
 import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastdreamer import commandline
 from fastdreamer.config import BadInput
 from fastdreamer.report.published import (
     ATARI_TABLE,
@@ -31,6 +32,23 @@ from fastdreamer.run.records import RECENT_EPISODES, Run, read_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Command:
+    """Prints what runs achieved and redraws their learning curves."""
+
+    runs: tuple[str, ...]
+    """Run folders, such as runs/<task>-<time>."""
+    plot: str | None = None
+    """File to draw the runs in one figure into, mean and std over seeds, such as OUT.png."""
+
+
+USAGE = "python -m fastdreamer.report RUN [RUN ...] [--plot FILE]"
+EXAMPLES = (
+    "python -m fastdreamer.report runs/<run>",
+    "python -m fastdreamer.report runs/* --plot curves.png",
+)
 
 
 def combined_curve(runs: Sequence[Run], path: Path) -> Path:
@@ -261,22 +279,14 @@ def _print(header: list[str], rows: list[list[str]], notes: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 with one sentence on stderr for bad input."""
-    parser = argparse.ArgumentParser(
-        prog="python -m fastdreamer.report",
-        description="Prints what runs achieved and redraws their learning curves.",
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, such as runs/<task>-<time>")
-    parser.add_argument(
-        "--plot", metavar="OUT.png", type=Path, help="draw the runs in one figure, mean and std over seeds"
-    )
-    options = parser.parse_args(argv)
     try:
-        runs = [read_run(path) for path in options.runs]
+        command = commandline.command(Command, sys.argv[1:] if argv is None else argv, usage=USAGE, examples=EXAMPLES)
+        runs = [read_run(Path(path)) for path in command.runs]
         _print(*summary(runs))
         for run in runs:
             learning_curve(run)
-        if options.plot is not None:
-            combined_curve(runs, options.plot)
+        if command.plot is not None:
+            combined_curve(runs, Path(command.plot))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -36,8 +36,9 @@ COUNTERS = ("frames", "updates", "seconds")
 """Tags of a line of metrics without which, or with another value than a number, it counts as damaged."""
 
 
-def new_run(root: Path, task: str, config: dict[str, Any]) -> Path:
-    """Makes `root/<task>-<YYYYmmdd-HHMMSS>/` with the `config.yaml` that says how to repeat the run, and returns it.
+def new_run(root: Path, task: str, config: dict[str, Any], name: str | None = None) -> Path:
+    """Makes `root/<name>/`, by default `root/<task>-<YYYYmmdd-HHMMSS>/`, with the `config.yaml` that says how to repeat
+    the run, and returns it.
 
     `config` is what `dataclasses.asdict` gives; `config.yaml` holds it under `config`, beside its format, versions of
     Python and of the packages that results depend on, the commit of a checkout and whether it was changed, and the
@@ -45,7 +46,7 @@ def new_run(root: Path, task: str, config: dict[str, Any]) -> Path:
     """
     import yaml
 
-    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = name or f"{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}-{time.strftime('%Y%m%d-%H%M%S')}"
     record = {"format": RECORD_FORMAT, "config": config, "versions": _versions(), "git": _commit()}
     record["command"] = shlex.join(sys.orig_argv)
     run = None
