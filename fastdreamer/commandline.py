@@ -1,4 +1,4 @@
-"""Options typed on a command line, or written in a file: read into values, refused in one sentence, and listed.
+"""How a command begins and ends, and its options: read into values, refused in one sentence, and listed.
 
 Options are the fields of dataclasses (nested ones are sections) of type bool, int, float, str, `str | None` or a
 Literal; the string below a field is its text. Where an option takes any text, that of the field begins with what it is.
@@ -6,17 +6,21 @@ Imports nothing of ours.
 """
 
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
 import itertools
+import os
 import shutil
+import signal
+import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TextIO, cast, get_args, get_origin
 
 METAVARS = {bool: "true|false", int: "N", float: "X"}
 MAX_DIGITS = 30
@@ -255,3 +259,105 @@ def _nearest(name: str, names: Iterable[str]) -> list[str]:
     """Of the names the one that is nearest in spelling, if one is near."""
     folded = {known.lower(): known for known in names}
     return [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.6)]
+
+
+def ended(work: Callable[[], None], interrupted: str) -> int:
+    """Does a command's work, and gives its exit code: 0; 2 with one sentence for BadInput; 130 with `interrupted` for
+    Ctrl-C, of which a second one does not wait for what is being closed.
+
+    What is said to a reader that has gone, a full disk or nobody, goes to standard error where there is one.
+    """
+
+    def note(*_: object) -> None:
+        signal.signal(signal.SIGINT, lambda *_: _end_at_once(interrupted))
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    with _unbroken_streams():
+        try:
+            work()
+        except BadInput as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(interrupted, file=sys.stderr)
+            return 128 + signal.SIGINT
+        finally:
+            signal.signal(signal.SIGINT, before)
+    return 0
+
+
+@contextlib.contextmanager
+def loading(interrupted: str) -> Iterator[None]:
+    """While libraries load, Ctrl-C ends the process at once: raised inside them it can come out as anything."""
+    before = signal.signal(signal.SIGINT, lambda *_: _end_at_once(interrupted))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def start(main: Callable[[], int]) -> None:
+    """Runs a command as what its process is for."""
+    try:
+        code = main()
+    finally:
+        # Only libraries close down from here on: nothing of theirs is worth a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(code)
+
+
+def _end_at_once(words: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{words}\n".encode())
+    os._exit(128 + signal.SIGINT)
+
+
+class _Unbroken:
+    """A text stream that goes over to the next of several where one cannot be written any more."""
+
+    def __init__(self, *streams: TextIO | None) -> None:
+        self._streams = [stream for stream in streams if stream is not None]
+        self._unsaid = ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._streams[0] if self._streams else sys.__stderr__, name)
+
+    def isatty(self) -> bool:
+        return bool(self._streams) and self._streams[0].isatty()
+
+    def write(self, text: str) -> int:
+        self._unsaid += text
+        if "\n" in text:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        text, self._unsaid = self._unsaid, ""
+        while self._streams and text:
+            try:
+                self._streams[0].write(text)
+                self._streams[0].flush()
+                return
+            except (OSError, ValueError):
+                # What its buffer still holds would be tried again when the process ends.
+                with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+                    os.dup2(nowhere.fileno(), self._streams.pop(0).fileno())
+
+
+@contextlib.contextmanager
+def _unbroken_streams() -> Iterator[None]:
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            # The next file opened would be taken for standard output.
+            os.open(os.devnull, os.O_RDWR)
+    out, error = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = cast(TextIO, _Unbroken(out, error)), cast(TextIO, _Unbroken(error, out))
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        sys.stdout, sys.stderr = out, error

@@ -9,12 +9,6 @@ from typing import Literal
 
 from fastdreamer import commandline
 from fastdreamer.config import BadInput, load_config
-from fastdreamer.run.evaluation import episode_limit, evaluate, load_agent, video
-from fastdreamer.run.parts import choose_threads
-from fastdreamer.run.pictures import gif
-from fastdreamer.run.records import PRINTED
-from fastdreamer.runtime.device import choose_device, prepare_process
-from fastdreamer.runtime.graphs import Runtime
 
 
 @dataclass(frozen=True)
@@ -39,6 +33,7 @@ class Command:
     """Threads on a CPU; 0 chooses as the trainer does."""
 
 
+INTERRUPTED = "interrupted; the run is as it was"
 USAGE = "python -m fastdreamer.evaluate RUN [--option value ...]"
 EXAMPLES = (
     "python -m fastdreamer.evaluate runs/<run>",
@@ -49,6 +44,13 @@ EXAMPLES = (
 
 def run_command(command: Command) -> None:
     """Carries the command out. Raises BadInput."""
+    from fastdreamer.run.evaluation import episode_limit, evaluate, load_agent, video
+    from fastdreamer.run.parts import choose_threads
+    from fastdreamer.run.pictures import gif
+    from fastdreamer.run.records import PRINTED
+    from fastdreamer.runtime.device import choose_device, prepare_process
+    from fastdreamer.runtime.graphs import Runtime
+
     if command.episodes < 1:
         raise BadInput(f"--episodes is {command.episodes} and must be at least 1.")
     if command.eval_steps < 0:
@@ -88,15 +90,16 @@ def run_command(command: Command) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: exit code 0, or 2 with one sentence for bad input."""
-    try:
-        run_command(
-            commandline.command(Command, sys.argv[1:] if argv is None else argv, usage=USAGE, examples=EXAMPLES)
-        )
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    argv = sys.argv[1:] if argv is None else argv
+
+    def work() -> None:
+        command = commandline.command(Command, argv, usage=USAGE, examples=EXAMPLES)
+        with commandline.loading(INTERRUPTED):
+            import fastdreamer.run.evaluation  # noqa: F401
+        run_command(command)
+
+    return commandline.ended(work, INTERRUPTED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.start(main)

@@ -1,25 +1,26 @@
 """Training: `python -m fastdreamer.train`."""
 
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
+from fastdreamer import commandline
 from fastdreamer.config import BadInput, Command, parse_command
-from fastdreamer.envs import rendering
-from fastdreamer.run import lock, records
-from fastdreamer.run.dry import dry_run
-from fastdreamer.run.parts import build
-from fastdreamer.run.trainer import Trainer
-from fastdreamer.runtime.learner import NonFinite
+
+INTERRUPTED = "interrupted; a run that had begun goes on from its last checkpoint with --resume"
 
 
 def run_command(command: Command, why: str) -> None:
-    """Carries the command out. Raises BadInput, NonFinite and SystemExit."""
+    """Carries the command out. Raises BadInput and SystemExit."""
+    from fastdreamer.envs import rendering
+    from fastdreamer.run import checkpoint, lock, records
+    from fastdreamer.run.dry import dry_run
+    from fastdreamer.run.parts import build
+    from fastdreamer.run.trainer import Trainer
+    from fastdreamer.runtime.learner import NonFinite
+
     config = command.config
     print(why, flush=True)
     if config.env.render == "fast":
@@ -40,6 +41,8 @@ def run_command(command: Command, why: str) -> None:
                 )
                 return
         parts = stack.enter_context(build(config))
+        saved = {"agent": parts.agent.state_dict(), "optimizers": [each.state() for each in parts.optimizers]}
+        checkpoint.check_room(resumed or Path(config.run.logdir), saved, parts.replay)
         if resumed is not None:
             folder = resumed
         else:
@@ -64,25 +67,28 @@ def run_command(command: Command, why: str) -> None:
                 raise SystemExit(f"error: {error.name} became {error.value} at update {error.update}; {mend}") from None
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: exit code 0; 2 with one sentence for bad input; 1 for a loss that is not finite."""
-    argv = sys.argv[1:] if argv is None else argv
+def work(argv: Sequence[str]) -> None:
+    """The whole of it. Libraries load here, not above: they take a second, in which Ctrl-C may come."""
+    with commandline.loading(INTERRUPTED):
+        import torch
+
+        import fastdreamer.run.dry
+        import fastdreamer.run.trainer  # noqa: F401
+    command, why = parse_command(argv, cuda=torch.cuda.is_available())
     try:
-        run_command(*parse_command(argv, cuda=torch.cuda.is_available()))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; a run that had begun goes on from its last checkpoint with --resume", file=sys.stderr)
-        return 128 + signal.SIGINT
+        run_command(command, why)
     except (MemoryError, RuntimeError) as error:
         # torch reports a failed allocation on a CPU as a plain RuntimeError.
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        print("error: memory ran out: lower --batch-size, --size or --replay-capacity.", file=sys.stderr)
-        return 2
-    return 0
+        options = "--batch-size" if command.resume else "--batch-size, --size or --replay-capacity"
+        raise BadInput(f"memory ran out: lower {options}.") from None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line: exit code 0; 2 with one sentence for bad input; 1 for a loss that is not finite."""
+    return commandline.ended(lambda: work(sys.argv[1:] if argv is None else argv), INTERRUPTED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.start(main)

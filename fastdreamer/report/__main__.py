@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fastdreamer import commandline
-from fastdreamer.config import BadInput
 from fastdreamer.report.published import (
     ATARI_TABLE,
     BACKGROUND_TABLE,
@@ -279,19 +278,19 @@ def _print(header: list[str], rows: list[list[str]], notes: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0, or 2 with one sentence on stderr for bad input."""
-    try:
-        command = commandline.command(Command, sys.argv[1:] if argv is None else argv, usage=USAGE, examples=EXAMPLES)
+    argv = sys.argv[1:] if argv is None else argv
+
+    def work() -> None:
+        command = commandline.command(Command, argv, usage=USAGE, examples=EXAMPLES)
         runs = [read_run(Path(path)) for path in command.runs]
         _print(*summary(runs))
         for run in runs:
             learning_curve(run)
         if command.plot is not None:
             combined_curve(runs, Path(command.plot))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return commandline.ended(work, "interrupted; curves that were not redrawn are as they were")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    commandline.start(main)

@@ -49,6 +49,25 @@ def _threads() -> int:
     return min(8, len(os.sched_getaffinity(0)))
 
 
+def check_room(folder: Path, state: Mapping[str, Any], replay: Replay) -> None:
+    """Raises BadInput where not even `state`, of which nothing can be compressed, fits on the disk of `folder`, and
+    prints a line where the full replay beside it might not."""
+    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    free, least = shutil.disk_usage(there).free, sum(value.nbytes for value in _arrays(state).values())
+    most = least + replay.slots * _row_bytes(replay)
+    if free < least:
+        raise BadInput(
+            f"A checkpoint takes at least {least / 1e9:.2f} GB and {there} has {free / 1e9:.2f} GB free: make space, "
+            "name a folder on another disk by --logdir, or choose a smaller --size."
+        )
+    if free < most:
+        print(
+            f"disk: a checkpoint with a full replay takes up to {most / 1e9:.1f} GB (less as far as its rows compress) "
+            f"and {there} has {free / 1e9:.1f} GB free",
+            flush=True,
+        )
+
+
 class _Chunks:
     """Files of a replay's older rows in `folder`, which several checkpoints may share: they are never changed."""
 

@@ -10,7 +10,7 @@ from fastdreamer_kernels import ops
 
 from fastdreamer import envs
 from fastdreamer.algorithm.agent import Agent
-from fastdreamer.config import Config
+from fastdreamer.config import BadInput, Config
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.run.checkpoint import Checkpoints, check_shapes, shapes
 from fastdreamer.run.logger import Logger
@@ -136,19 +136,24 @@ def record(
 ) -> list[Path]:
     """Records an evaluation made after so many `frames`, redraws the pictures of the run in `folder`: their paths."""
     log.scalars(frames, {"eval/return_mean": evaluation.mean, "eval/return_std": evaluation.std})
-    shown = video(evaluation)
-    if shown is not None:
-        log.video("eval/episode", frames, shown)
-    pictures = [learning_curve(read_run(folder))]
-    dreamt = dream(agent, evaluation, device)
-    if dreamt is not None:
-        true, imagined, context = dreamt
-        pictures.append(dream_gif(true, imagined, folder / "dream.gif", context=context))
-        log.video("eval/dream", frames, np.concatenate([true[0], imagined[0]], 2))
     count = len(evaluation.returns)
     log.message(f"evaluation: return {evaluation.mean:.2f} ± {evaluation.std:.2f} over {count} episodes")
     if evaluation.note is not None:
         log.message(f"evaluation: {evaluation.note}")
+    shown, dreamt = video(evaluation), dream(agent, evaluation, device)
+    pictures = []
+    # The run goes on without a picture that finds no room.
+    try:
+        pictures.append(learning_curve(read_run(folder)))
+        if dreamt is not None:
+            true, imagined, context = dreamt
+            pictures.append(dream_gif(true, imagined, folder / "dream.gif", context=context))
+    except BadInput as error:
+        log.message(str(error))
+    if shown is not None:
+        log.video("eval/episode", frames, shown)
+    if dreamt is not None:
+        log.video("eval/dream", frames, np.concatenate([dreamt[0][0], dreamt[1][0]], 2))
     return pictures
 
 

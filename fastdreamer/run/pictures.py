@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fastdreamer.config import BadInput
-from fastdreamer.run.records import Run, Series
+from fastdreamer.run.records import Run, Series, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,8 +108,10 @@ def label_frames(axes: "Axes") -> None:
 
 
 def save(figure: "Figure", path: Path, mend: str) -> Path:
+    drawn = io.BytesIO()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(drawn, format=path.suffix[1:] or None, dpi=150)
+        write_whole(path, drawn.getvalue())
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be written ({error}): {mend}.") from None
     return path
@@ -142,7 +144,7 @@ def gif(frames: np.ndarray, path: Path) -> Path:
 
 def _write(path: Path, data: bytes) -> Path:
     try:
-        path.write_bytes(data)
+        write_whole(path, data)
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}): make space or the folder writable.") from None
     return path

@@ -5,8 +5,9 @@ that the train ratio makes due while the environments step in their own processe
 Which weights act and what a batch may draw from follow from counters alone, whatever the timing.
 """
 
+import contextlib
+import os
 import signal
-import sys
 import time
 from dataclasses import asdict
 from fractions import Fraction
@@ -270,14 +271,16 @@ class Trainer:
 
 
 class _Signals:
-    """Notes the first SIGINT or SIGTERM, so that the loop can save and stop; the second one acts as usual."""
+    """Notes the first SIGINT, SIGTERM or SIGHUP, so that the loop can save and stop; the second one acts as usual."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "_Signals":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        # What nohup has told to be ignored stays so.
+        hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+        for number in (signal.SIGINT, signal.SIGTERM, *hangup):
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -287,5 +290,7 @@ class _Signals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        print(f"{self.received.name}: saving a checkpoint, then stopping", file=sys.stderr, flush=True)
+        # Not by print(), which may be what was interrupted; and the terminal may have gone.
+        with contextlib.suppress(OSError):
+            os.write(2, f"{self.received.name}: saving a checkpoint, then stopping\n".encode())
         signal.signal(number, self._before[self.received])
