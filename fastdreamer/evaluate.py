@@ -13,7 +13,7 @@ from fastdreamer.config import BadInput, load_config
 
 @dataclass(frozen=True)
 class Command:
-    """Evaluates the last checkpoint of a run: mean, standard deviation and every return."""
+    """Evaluates the last checkpoint of a run: mean, standard deviation, every return; in RUN/evaluation.json, too."""
 
     run: str
     """Run folder."""
@@ -44,7 +44,7 @@ EXAMPLES = (
 
 def run_command(command: Command) -> None:
     """Carries the command out. Raises BadInput."""
-    from fastdreamer.run.evaluation import episode_limit, evaluate, load_agent, video
+    from fastdreamer.run.evaluation import episode_limit, evaluate, load_agent, teller, video, write_result
     from fastdreamer.run.parts import choose_threads
     from fastdreamer.run.pictures import gif
     from fastdreamer.run.records import PRINTED
@@ -68,24 +68,37 @@ def run_command(command: Command) -> None:
         raise BadInput("--video needs frames and this run was trained with --obs vector: leave it out.")
     device = choose_device(command.device)
     prepare_process(device, threads=choose_threads(config))
-    agent = load_agent(run, config, device)
-    steps = command.eval_steps or episode_limit(config, run)
-    logs = run / PRINTED / "evaluation"
-    evaluation = evaluate(agent, config, Runtime(device), episodes=command.episodes, steps=steps, logs=logs)
+    agent, frames = load_agent(run, config, device)
+
+    def say(words: str) -> None:
+        print(words, file=sys.stderr, flush=True)
+
+    progress = teller(say, command.episodes)
+    evaluation = evaluate(
+        agent,
+        config,
+        Runtime(device),
+        episodes=command.episodes,
+        steps=command.eval_steps or episode_limit(config, run),
+        logs=run / PRINTED / "evaluation",
+        progress=progress,
+    )
     assert evaluation is not None
     if evaluation.note is not None:
-        print(evaluation.note, file=sys.stderr)
-    frames = video(evaluation) if command.video else None
-    if frames is not None:
-        path = run / "evaluation.gif"
-        gif(frames, path)
-        print(f"first episode: {path}", file=sys.stderr)
+        say(evaluation.note)
     if command.json:
-        result = {"return_mean": evaluation.mean, "return_std": evaluation.std, "returns": evaluation.returns}
-        print(json.dumps(result))
+        print(json.dumps(evaluation.result()), flush=True)
     else:
         print(f"return {evaluation.mean:.2f} ± {evaluation.std:.2f} over {len(evaluation.returns)} episodes")
-        print("returns " + " ".join(f"{value:.2f}" for value in evaluation.returns))
+        print("returns " + " ".join(f"{value:.2f}" for value in evaluation.returns), flush=True)
+    try:
+        write_result(run, evaluation, frames, config.env.eval_background)
+    except OSError as error:
+        # Another user's run can be evaluated, too.
+        say(f"evaluation.json cannot be written ({error.strerror})")
+    shown = video(evaluation) if command.video else None
+    if shown is not None:
+        say(f"first episode: {gif(shown, run / 'evaluation.gif')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,8 +1,11 @@
 """Evaluation: whole episodes of the sampled policy, and dreams beside what really happened."""
 
+import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +16,10 @@ from fastdreamer.algorithm.agent import Agent
 from fastdreamer.config import BadInput, Config
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.run.checkpoint import Checkpoints, check_shapes, shapes
-from fastdreamer.run.logger import Logger
+from fastdreamer.run.logger import PLAIN_INTERVAL, Logger
 from fastdreamer.run.parts import make_acting
 from fastdreamer.run.pictures import dream_gif, learning_curve
-from fastdreamer.run.records import longest_episode, read_run
+from fastdreamer.run.records import longest_episode, read_run, write_whole
 from fastdreamer.runtime.device import generator
 from fastdreamer.runtime.graphs import Runtime
 
@@ -47,6 +50,9 @@ class Evaluation:
         """Standard deviation over the episodes, as of a population: one episode has 0."""
         return float(np.std(self.returns))
 
+    def result(self) -> dict[str, Any]:
+        return {"return_mean": self.mean, "return_std": self.std, "returns": self.returns}
+
     @property
     def note(self) -> str | None:
         """What is to be said of episodes that were cut; None where all came to their end."""
@@ -76,14 +82,15 @@ def evaluate(
     steps: int,
     logs: Path | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    progress: Callable[[list[float]], None] = lambda returns: None,
 ) -> Evaluation | None:
     """Runs `episodes` whole episodes with actions sampled from the policy; training's own state is left alone.
 
     Every environment runs a fixed share of them, so that short episodes are not over-represented; none is seeded as
     one of training is. The first episode of each of the first few environments is recorded. An episode that has not
     come to its end after `steps` decisions is cut, and its environment's share with it: it cannot be told to begin
-    another. None where `stopped` comes true before the end. What environments print goes to the folder `logs`. Raises
-    Fault where the environment fails.
+    another. `progress` is told the returns so far, at every step. None where `stopped` comes true before the end. What
+    environments print goes to the folder `logs`. Raises Fault where the environment fails.
     """
     count = min(config.env.envs, episodes)
     share = [episodes // count + (i < episodes % count) for i in range(count)]
@@ -121,10 +128,32 @@ def evaluate(
                         cut,
                         left_out,
                     )
+                progress([value for done in returns for value in done])
                 acting(step)
                 environments.send(acting.actions())
     except envs.Stopped:
         return None
+
+
+def teller(say: Callable[[str], None], episodes: int) -> Callable[[list[float]], None]:
+    """A `progress` that says every few seconds how many of the episodes have ended, and with which mean return."""
+    said = time.monotonic()
+
+    def tell(returns: list[float]) -> None:
+        nonlocal said
+        if time.monotonic() - said >= PLAIN_INTERVAL:
+            said = time.monotonic()
+            mean = f", return {np.mean(returns):.2f} so far" if returns else ""
+            say(f"evaluating: {len(returns)} of {episodes} episodes{mean}")
+
+    return tell
+
+
+def write_result(run: Path, evaluation: Evaluation, frames: int, background: str | None) -> None:
+    """Writes `evaluation.json` into the run's folder: mean, standard deviation and every return, after how many frames
+    of training, and the folder of videos that played. Raises OSError."""
+    result = {"frames": frames, "background": background, **evaluation.result()}
+    write_whole(run / "evaluation.json", (json.dumps(result) + "\n").encode())
 
 
 def _row(step: Step, i: int) -> dict[str, np.ndarray]:
@@ -144,11 +173,12 @@ def record(
     pictures = []
     # The run goes on without a picture that finds no room.
     try:
+        write_result(folder, evaluation, frames, agent.config.env.eval_background)
         pictures.append(learning_curve(read_run(folder)))
         if dreamt is not None:
             true, imagined, context = dreamt
             pictures.append(dream_gif(true, imagined, folder / "dream.gif", context=context))
-    except BadInput as error:
+    except (BadInput, OSError) as error:
         log.message(str(error))
     if shown is not None:
         log.video("eval/episode", frames, shown)
@@ -185,10 +215,10 @@ def dream(agent: Agent, evaluation: Evaluation, device: torch.device) -> tuple[n
     return true, imagined, context
 
 
-def load_agent(run: Path, config: Config, device: torch.device) -> Agent:
-    """The agent of a run's last checkpoint. Raises BadInput where there is none that fits."""
+def load_agent(run: Path, config: Config, device: torch.device) -> tuple[Agent, int]:
+    """The agent of a run's last checkpoint, and the frames it has trained for. Raises BadInput where none fits."""
     state = Checkpoints(run).load()
     agent = Agent(Spaces(**state["spaces"]), config, ops.load("auto", device))
     check_shapes(shapes(agent.state_dict()), shapes(state["agent"]))
     agent.load_state_dict(state["agent"])
-    return agent.to(device)
+    return agent.to(device), state["decisions"] * config.env.action_repeat

@@ -157,6 +157,9 @@ class _Progress:
 
     def move(self, now: float, frames: int, updates: int) -> None:
         self._frames, self._updates = frames, updates
+        if updates and self._samples and not self._samples[0][2]:
+            # Before the first update was due frames took no time worth mentioning.
+            self._samples.clear()
         if not self._samples or now - self._samples[-1][0] >= SAMPLE_INTERVAL:
             self._samples.append((now, frames, updates))
 
@@ -186,7 +189,7 @@ class _Progress:
             updates=f"{self._updates:,} updates",
             returns=self._describe_returns(),
             speed=f"{speeds[1]:,.1f} updates/s, {speeds[0]:,.0f} frames/s" if speeds else "",
-            left=f"{_clock(left / speeds[0])} left" if speeds and speeds[0] > 0 and left else "",
+            left=f"{_clock(left / speeds[0])} left" if speeds and speeds[0] > 0 and self._updates and left else "",
         )
 
     def _describe_returns(self) -> str:

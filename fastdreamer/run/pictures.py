@@ -137,9 +137,12 @@ def dream_gif(true: np.ndarray, imagined: np.ndarray, path: Path, *, context: in
     return _write(path, encode_gif(np.stack(frames), frame_time=DREAM_FRAME_TIME, pause=DREAM_PAUSE))
 
 
-def gif(frames: np.ndarray, path: Path) -> Path:
-    """Writes uint8 (T, H, W, 3) as an animation and returns its path. Raises BadInput where it cannot be written."""
-    return _write(path, encode_gif(frames))
+def gif(frames: np.ndarray, path: Path, *, scale: int = 4) -> Path:
+    """Writes uint8 (T, H, W, 3) as an animation, each pixel `scale` wide and high, and returns its path.
+
+    Raises BadInput where it cannot be written.
+    """
+    return _write(path, encode_gif(frames, scale=scale))
 
 
 def _write(path: Path, data: bytes) -> Path:
@@ -199,13 +202,17 @@ def _font(width: float, text: str) -> Any:
     return ImageFont.load_default(6)
 
 
-def encode_gif(frames: np.ndarray, *, frame_time: int = FRAME_TIME, pause: int = 0) -> bytes:
-    """uint8 (T, H, W, 3) as an animated GIF that repeats: `frame_time` ms a frame, the last one `pause` ms longer."""
+def encode_gif(frames: np.ndarray, *, frame_time: int = FRAME_TIME, pause: int = 0, scale: int = 1) -> bytes:
+    """uint8 (T, H, W, 3) as an animated GIF that repeats: `frame_time` ms a frame, the last one `pause` ms longer, each
+    pixel `scale` wide and high."""
     from PIL import Image
 
     # The usual median cut gives rare colours (a border, a swatch) away to shades of the frequent ones.
     method = Image.Quantize.MAXCOVERAGE
-    first, *others = [Image.fromarray(frame).quantize(method=method) for frame in frames]
+    size = (frames.shape[2] * scale, frames.shape[1] * scale)
+    first, *others = [
+        Image.fromarray(frame).quantize(method=method).resize(size, Image.Resampling.NEAREST) for frame in frames
+    ]
     times = [frame_time] * len(others) + [frame_time + pause]
     encoded = io.BytesIO()
     first.save(encoded, "GIF", save_all=True, append_images=others, duration=times, loop=0)

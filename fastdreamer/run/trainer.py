@@ -23,7 +23,7 @@ from fastdreamer.algorithm.rssm import State
 from fastdreamer.envs.base import Step
 from fastdreamer.run import logger, records
 from fastdreamer.run.checkpoint import Checkpoints, shapes
-from fastdreamer.run.evaluation import episode_limit, evaluate, record
+from fastdreamer.run.evaluation import episode_limit, evaluate, record, teller
 from fastdreamer.run.parts import Parts
 from fastdreamer.run.records import resume_command
 from fastdreamer.runtime.learner import NonFinite
@@ -203,6 +203,7 @@ class Trainer:
             steps=episode_limit(self.config, self.run_folder),
             logs=self.run_folder / records.PRINTED / "evaluation",
             stopped=lambda: self.signals.received is not None,
+            progress=teller(self.log.message, self.config.run.eval_episodes),
         )
         if result is None:
             return

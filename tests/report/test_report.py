@@ -246,4 +246,4 @@ def test_dream_refuses_other_arrays_and_unwritable_folders(tmp_path):
 def test_gif_keeps_every_frame(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (5, 12, 8, 3), np.uint8)
     gif = Image.open(pictures.gif(frames, tmp_path / "x.gif"))
-    assert (getattr(gif, "n_frames", 1), gif.size) == (5, (8, 12))
+    assert (getattr(gif, "n_frames", 1), gif.size) == (5, (32, 48))
