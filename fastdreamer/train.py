@@ -26,7 +26,7 @@ def run_command(command: Command, why: str) -> None:
     if config.env.render == "fast":
         print(rendering.FAST_FRAMES, flush=True)
     if command.dry_run:
-        dry_run(config)
+        dry_run(config, verbose=command.verbose)
         return
 
     resumed = None if command.resume is None else Path(command.resume)

@@ -250,3 +250,9 @@ def test_make_names_the_mend_for_an_old_python(tmp_path):
     assert done.returncode != 0
     assert "needs Python 3.11 or newer" in done.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_readme_activates_the_environment_before_its_commands():
+    text = (ROOT / "README.md").read_text()
+    assert text.index(". .venv/bin/activate") < text.index("\npython -m fastdreamer")
+    assert len(text.splitlines()) <= 150

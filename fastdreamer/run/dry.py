@@ -14,16 +14,22 @@ from fastdreamer.runtime.graphs import Captured
 LOADED_LATER = ("matplotlib.figure", "torch.utils.tensorboard")
 """Libraries that a run loads when it first draws or logs, and a dry run would not."""
 
+ROWS = 8
+"""Of each environment, which sequences repeat: drawing frames on a CPU would take longer than all the rest."""
 
-def dry_run(config: Config) -> None:
-    """Builds everything, makes an update from random actions' rows, and prints parameters, memory and losses."""
+
+def dry_run(config: Config, *, verbose: bool = False) -> None:
+    """Builds everything, makes an update from random actions' rows, and prints parameters, memory and losses.
+
+    The totals come first; `verbose` adds the shape of every parameter, at the end.
+    """
     with build(config) as parts:
         agent, learner, replay = parts.agent, parts.learner, parts.replay
-        for name, module in [*agent.world_model.named_children(), *agent.behavior.named_children()]:
-            print_module(name, module)
-        total = sum(p.numel() for p in agent.parameters() if p.requires_grad)
-        print(f"total: {total:,} trainable parameters")
-        while replay.added < config.optim.batch_length:
+        modules = [*agent.world_model.named_children(), *agent.behavior.named_children()]
+        sizes = {name: trainable(module) for name, module in modules if trainable(module)}
+        print(f"total: {trainable(agent):,} trainable parameters")
+        print("of them " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()), flush=True)
+        while replay.added < ROWS:
             replay.add(parts.acting(parts.envs.recv()))
             parts.acting.refresh()
             parts.envs.send(parts.random_action().numpy())
@@ -32,6 +38,10 @@ def dry_run(config: Config) -> None:
         print(f"memory of {parts.device}: {shares}, together {sum(memory.values()) / 1e9:.2f} GB at the most")
         for name, value in learner.means().items():
             print(f"{name}: {value:.4f}")
+        for name in sizes if verbose else ():
+            print(f"{name}: {sizes[name]:,} parameters")
+            for parameter, value in dict(modules)[name].named_parameters():
+                print(f"    {parameter} {tuple(value.shape)}")
 
 
 def memory_taken(parts: Parts) -> dict[str, int]:
@@ -58,10 +68,6 @@ def memory_taken(parts: Parts) -> dict[str, int]:
     return taken | {"libraries and the rest": lasting - state, "an update or a checkpoint": passing}
 
 
-def print_module(name: str, module: nn.Module) -> None:
-    """One line for the module, one for each of its parameters."""
-    trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    if trainable:
-        print(f"{name}: {trainable:,} parameters")
-        for parameter, value in module.named_parameters():
-            print(f"    {parameter} {tuple(value.shape)}")
+def trainable(module: nn.Module) -> int:
+    """Number of parameters that are learned."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -62,3 +62,12 @@ def test_no_mend_is_an_option_that_there_is_not(tmp_path: Path, capsys: pytest.C
     with pytest.raises(BadInput) as refusal:
         check_shapes({"agent.value_head.w": (2,)}, {})
     assert "--" not in str(refusal.value), "--size and the like cannot change in a resumed run"
+
+
+def test_a_dry_run_begins_with_totals_and_keeps_shapes_for_those_who_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*GYM, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert out.index("total: ") < out.index("of them encoder ") < out.index("memory of ") < out.index("loss/model")
+    assert "\n    " not in out
+    assert train.main([*GYM, "--dry-run", "--verbose"]) == 0
+    assert "\n    vector." in capsys.readouterr().out

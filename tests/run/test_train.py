@@ -169,9 +169,9 @@ def test_prefill_is_random_and_then_the_policy_acts() -> None:
 
 
 def test_dry_run_prints_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train.main([*DEMO, "--dry-run", "--logdir", str(tmp_path / "none")]) == 0
+    assert train.main([*DEMO, "--dry-run", "--verbose", "--logdir", str(tmp_path / "none")]) == 0
     out = capsys.readouterr().out
-    assert "total: 377,655 trainable parameters" in out
+    assert out.index("total: 377,655 trainable parameters") < out.index("of them encoder ") < out.index("memory of")
     assert re.search(r"encoder: [\d,]+ parameters\n    image\.convs\.0\.weight \(4, 3, 4, 4\)", out)
     assert re.search(r"memory of cpu: weights.*, replay 0\.02 GB, .*an update or a checkpoint .*, together", out)
     assert re.search(r"loss/model: \d+\.\d+", out)
