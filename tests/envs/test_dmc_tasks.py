@@ -145,11 +145,14 @@ class Pair:
                 other = {name: theirs[name] for name in arrays if theirs[name].tobytes() != arrays[name].tobytes()}
                 if other.keys() <= DRAWN | COLOURED.get(task, set()):
                     models.append({name: array for name, array in other.items() if name in DRAWN})
+        given = places(self.native.tobytes())
+        self.act()
         shown, best = self.out.vector[0], (np.inf, {}, 0)  # pyright: ignore[reportOptionalSubscript]
         kept = {name: array.copy() for name, array in arrays.items() if name in DRAWN}
-        for place in places(self.native.tobytes()):
+        for place in given:
             start = place - (address(data.ctrl) - address(data.qpos))
-            if start % 64:
+            # Where an action lies once and not the next one, there may be anything.
+            if start % 64 or peek(place, self.native.nbytes) != self.native.tobytes():
                 continue
             for model in models:
                 for name, array in kept.items():
@@ -174,7 +177,8 @@ class Pair:
             like = np.asarray(getattr(self.physics.data, name))
             place = start + address(like) - address(self.physics.data.qpos)
             held = peek(place, like.nbytes) if like.size else b""
-            if len(held) != like.nbytes or not np.isfinite(np.frombuffer(held)).all():
+            # What is no state may be anything, and end in MuJoCo's errors.
+            if len(held) != like.nbytes or not (np.abs(np.frombuffer(held)) < 1e9).all():
                 return None
             state[name] = np.frombuffer(held).reshape(like.shape)
         return state
