@@ -238,6 +238,7 @@ FIXED_ON_RESUME = {
     "seed": "the randomness so far is drawn from it",
     "obs": "networks and replay hold these observations",
     "envs": "replay and environments are of so many streams",
+    "env_args": "environments are made with them",
     "workers": "environments come back in the processes that they were saved in",
     "action_repeat": "frames so far are counted by it",
     "value_head": _NETWORKS,
@@ -269,6 +270,7 @@ FREE_ON_RESUME = {
     "lam": _NEXT_UPDATE,
     "entropy": _NEXT_UPDATE,
     "actor_gradient": _NEXT_UPDATE,
+    "imagined_cont": _NEXT_UPDATE,
     "ema": _NEXT_UPDATE,
     "return_decay": _NEXT_UPDATE,
     "batch_size": "replayed steps are counted, so the train ratio holds whatever an update replays",
@@ -283,6 +285,7 @@ FREE_ON_RESUME = {
     "frames": "further than planned, or less far, but not less than the run has come to",
     "eval_every": "from the next evaluation on",
     "eval_episodes": "from the next evaluation on",
+    "eval_steps": "from the next evaluation on",
     "checkpoint_every": _NEXT_PROCESS,
     "log_every": "from the next log line on",
     "device": "on another kind of device noise is drawn anew",
@@ -590,7 +593,7 @@ def _check_resumed(before: Config, now: Config) -> None:
 
 RECORD_FORMAT = 1
 """Of the record that a run keeps of its options; goes up when an option is added."""
-ADDED = {"threads": 1}
+ADDED = dict.fromkeys(("threads", "env_args", "eval_steps", "imagined_cont"), 1)
 """Options that records of an older format than this lack; their runs go on with the option's own default."""
 
 

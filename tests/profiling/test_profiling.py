@@ -111,7 +111,7 @@ def test_marks_end_with_an_error(trainer: Trainer) -> None:
 
 def test_a_captured_update_is_one_range() -> None:
     with ready(small()) as trainer:
-        trainer.parts.runtime.record = lambda function, generators: (function(), function)
+        trainer.parts.runtime.record = lambda function, generators, stream: (function(), function)
         names = []
         with parts.marked(trainer, lambda name: names.append(name), lambda _: None):
             updates.turn(trainer, trainer.envs.recv())

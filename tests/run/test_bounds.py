@@ -102,7 +102,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("kind", "name", "call", "updates"),
-    [(Agent, "update", 6, 6), (Agent, "update", 8, 8), (envs.Environments, "recv", 18, 16),
+    [(Agent, "update", 6, 6), (Agent, "update", 8, 8), (envs.Environments, "recv", 18, 30),
      (envs.Environments, "recv", 1, 0)],
     ids=["midst of updates", "last update", "rows", "first rows"],
 )  # fmt: skip

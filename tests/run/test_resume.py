@@ -92,7 +92,7 @@ def test_a_run_goes_on_with_another_value(name: str, folder: Path) -> None:
     assert state_of(folder)["decisions"] >= (80 if more else 60)
 
 
-@pytest.mark.parametrize("batch", [["--batch-size", "1"], ["--batch-length", "20"]], ids=["smaller", "larger"])
+@pytest.mark.parametrize("batch", [["--batch-length", "3"], ["--batch-size", "3"]], ids=["smaller", "larger"])
 @pytest.mark.parametrize("old", [False, True], ids=["", "old"])
 def test_the_train_ratio_holds_with_another_batch(
     batch: list[str], old: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
