@@ -35,6 +35,9 @@ class EnvConfig:
     """Processes that share the environments; 0 chooses by task and processor count."""
     action_repeat: int = 2
     """Frames each action is held for; rewards are summed over them."""
+    on_nan: Literal["stop", "restart"] = "stop"
+    """What an observation or a reward that is not finite does: it ends the run, whose state before it is saved, or it
+    closes the episode as a crash does."""
     env_args: str | None = None
     """Keyword arguments of a `gym/` task's constructor, as a JSON object: '{"arena": 3}'."""
     timeout: float = 60.0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastdreamer.config import BadInput
-from fastdreamer.envs.base import IMAGE_SIZE, Fault, NotFinite, Spaces
+from fastdreamer.envs.base import IMAGE_SIZE, MEND, Fault, NotFinite, Spaces
 
 
 class SpaceAdapter:
@@ -100,7 +100,7 @@ class SpaceAdapter:
             raise self._fault(fault, when) from None
 
     def _fault(self, fault: Fault, when: str) -> Fault:
-        return type(fault)(f"--task {self._task} shows {fault}{when}: mend the environment, or wrap it.")
+        return type(fault)(f"--task {self._task} shows {fault}{when}{MEND}")
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,10 @@ IMAGE_SIZE = 64
 """Height and width of every image observation, in pixels (the encoder's four stride-2 convolutions expect it)."""
 
 
+MEND = ": mend the environment, or wrap it."
+"""The end of what is said of an environment that shows what it must not."""
+
+
 class Fault(BadInput):
     """What is wrong with an environment that was built and runs. What a run did before is sound, and can be saved."""
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig, constructor_arguments
 from fastdreamer.envs.adapt import SpaceAdapter
-from fastdreamer.envs.base import Fault, NotFinite, Spaces, nearest, optional
+from fastdreamer.envs.base import MEND, Fault, NotFinite, Spaces, nearest, optional
 from fastdreamer.envs.episodic import EpisodicBatch, Observation
 
 
@@ -104,7 +104,7 @@ class GymEnv:
             if terminated or truncated:
                 break
         if not math.isfinite(total):
-            raise NotFinite(f"--task {self._task} gives a reward that is {total}{self._when}: mend the environment.")
+            raise NotFinite(f"--task {self._task} gives a reward that is {total}{self._when}{MEND}")
         image, vector = self._observe(observation) if render else (None, None)
         return image, vector, total, bool(terminated or truncated), bool(terminated)
 

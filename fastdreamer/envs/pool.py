@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig
-from fastdreamer.envs.base import Fault, Spaces, Step
+from fastdreamer.envs.base import MEND, Fault, NotFinite, Spaces, Step
 from fastdreamer.envs.journal import Journal
 from fastdreamer.envs.protocol import Built, Failed, Job, Refused, Replay, attach, rows
 from fastdreamer.envs.supervisor import CLOSING, last_words
@@ -185,6 +185,9 @@ class _Group:
             words = self.words()
             last = f", and its last words were: {words[-1]}" if words else ""
             raise _Died(f"ended ({_status(self._process.returncode)}){last}") from None
+        if isinstance(message, Refused) and message.kind is NotFinite and self.job.config.on_nan == "restart":
+            self._end(patience=CLOSING)
+            raise _Died(f"is ended as --on-nan restart says ({message.reason.removesuffix(MEND)})")
         if isinstance(message, Refused):
             raise message.kind(message.reason)
         if isinstance(message, Failed):
@@ -200,9 +203,10 @@ class Environments:
 
     `recv`, `send`, `recv`, ...: the first `recv` gives every environment's `is_first` row. Environment i follows from
     `seed`, i and its actions, whatever the number of workers. A worker that dies or does not answer within
-    `config.timeout` seconds (at least 60 while it starts) is replaced with a new seed and counted in `restarts`; its
-    environments' rows are then `is_first`, with no action and no reward, and no other row is lost. Five deaths without
-    a finished episode between them are a Fault. No wait outlasts `stopped` by more than half a second.
+    `config.timeout` seconds (at least 60 while it starts) or shows a NaN under `on_nan` "restart" is replaced with a
+    new seed and counted in `restarts`; its environments' rows are then `is_first`, with no action and no reward, and no
+    other row is lost. Five deaths without a finished episode between them are a Fault. No wait outlasts `stopped` by
+    more than half a second.
 
     To be used by one thread, which must outlive it: workers are killed when the thread that made them ends.
     """

@@ -20,7 +20,7 @@ import numpy as np
 
 from fastdreamer.config import BadInput
 from fastdreamer.envs import build
-from fastdreamer.envs.base import BatchEnv, NotFinite, Spaces, Step
+from fastdreamer.envs.base import MEND, BatchEnv, NotFinite, Spaces, Step
 from fastdreamer.envs.episodic import EpisodicBatch
 from fastdreamer.envs.protocol import Built, Failed, Job, Refused, Replay, attach, expand, rows
 from fastdreamer.envs.supervisor import supervise
@@ -89,8 +89,7 @@ def _complete(out: Step, action: np.ndarray | None, job: Job) -> None:
         if shown is not None and not np.isfinite(shown).all():
             i = int(np.flatnonzero(~np.isfinite(shown).reshape(len(shown), -1).all(1))[0])
             raise NotFinite(
-                f"--task {job.task} shows {what} that is not finite (environment {job.first_index + i}): mend the "
-                "environment, or wrap it."
+                f"--task {job.task} shows {what} that is not finite (environment {job.first_index + i}){MEND}"
             )
 
 

@@ -157,32 +157,51 @@ class Trainer:
                 self.log.episode(self.frames, float(self.returns[i]), int(self.lengths[i]))
 
     def train(self) -> None:
-        """Runs to the end of the budget, a signal, or an error; then evaluates. Raises BadInput, NonFinite."""
+        """Runs to the end of the budget, a signal, or an error; then evaluates. Raises BadInput, NonFinite.
+
+        Where an environment is at fault, what the run did before is saved, and the Fault says how to go on.
+        """
         assert self.log is not None
         assert self.run_folder is not None
-        run, stop, saved = self.config.run, self.signals, time.monotonic()
-        self.envs.stopped = lambda: stop.received is not None
-        with stop:
-            while not stop.received:
-                if not self.under_way and self._evaluation_due:
-                    self.save()
-                    self.evaluate()
-                elif self.under_way or self.frames < run.frames:
-                    self.iterate()
-                    self.log.progress(self.frames, self.learner.updates)
-                    if time.monotonic() - saved > run.checkpoint_every:
-                        self.save()
-                        saved = time.monotonic()
-                else:
-                    break
-            self.save()
-            if not stop.received:
-                self.evaluate(final=True)
-        if stop.received:
+        self.envs.stopped = lambda: self.signals.received is not None
+        try:
+            with self.signals:
+                self._run(self.log)
+        except envs.Fault as fault:
+            raise self._saved(fault, self.run_folder) from None
+        if self.signals.received:
             # The last line of all: it is there to be copied.
             self.log.close()
-            self.log.message(f"stopped by {stop.received.name}; go on with: {resume_command(self.run_folder)}")
-            raise SystemExit(128 + stop.received)
+            self.log.message(f"stopped by {self.signals.received.name}; go on with: {resume_command(self.run_folder)}")
+            raise SystemExit(128 + self.signals.received)
+
+    def _run(self, log: logger.Logger) -> None:
+        run, saved = self.config.run, time.monotonic()
+        while not self.signals.received:
+            if not self.under_way and self._evaluation_due:
+                self.save()
+                self.evaluate()
+            elif self.under_way or self.frames < run.frames:
+                self.iterate()
+                log.progress(self.frames, self.learner.updates)
+                if time.monotonic() - saved > run.checkpoint_every:
+                    self.save()
+                    saved = time.monotonic()
+            else:
+                break
+        self.save()
+        if not self.signals.received:
+            self.evaluate(final=True)
+
+    def _saved(self, fault: envs.Fault, folder: Path) -> envs.Fault:
+        if self.under_way:
+            self.save()
+        assert self.checkpoints is not None
+        if self.checkpoints.latest() is None:
+            return fault
+        over = " --on-nan restart, which closes the episode as a crash does" * isinstance(fault, envs.NotFinite)
+        words = str(fault).removesuffix(".")
+        return type(fault)(f"{words}; the run up to there is saved, go on with: {resume_command(folder)}{over}")
 
     @property
     def _evaluation_due(self) -> bool:

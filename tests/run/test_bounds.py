@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -151,3 +152,26 @@ def test_a_signal_is_heard_while_an_environment_hangs(tmp_path: Path, monkeypatc
     (folder,) = (tmp_path / "runs").iterdir()
     assert state_of(folder)["under_way"]
     assert torch.is_tensor(state_of(folder)["carry"]["action"])
+
+
+def test_a_run_goes_on_after_a_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*task("Blinks"), "--frames", "300", "--eval-steps", "1"]
+    assert train.main([*arguments, "--logdir", str(tmp_path)]) == 2
+    (folder,) = tmp_path.iterdir()
+    told = (
+        r"error: --task gym/faulty_samples:Blinks-v0 shows an observation that is not finite \(environment \d, step 3 "
+        r"of an episode\): mend the environment, or wrap it; the run up to there is saved, go on with: "
+        rf"python -m fastdreamer\.train --resume {folder} --on-nan restart, which closes the episode as a crash does\n"
+    )
+    first = capsys.readouterr().err
+    assert re.fullmatch(told, first)
+    assert state_of(folder)["under_way"]
+    # The state before it is saved, so it comes again.
+    assert train.main(["--resume", str(folder)]) == 2
+    assert capsys.readouterr().err == first
+    assert train.main(["--resume", str(folder), "--on-nan", "restart", "--eval-episodes", "1"]) == 0
+    state = state_of(folder)
+    assert state["decisions"] >= 300
+    assert state["envs"]["restarts"] > 1
+    # Episodes that were closed so are no episodes; all others were whole.
+    assert {value for _, value in episodes(folder)} == {6.0}

@@ -80,6 +80,19 @@ class Unready(Healthy):
         np.zeros(3).reshape(2)
 
 
+class Blinks(Healthy):
+    """Shows NaN at step 3 of every fourth episode or so, as its seed says."""
+
+    blind = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        self.blind = (seed or 0) % 4 == 0
+        return super().reset(seed=seed)
+
+    def show(self) -> Any:
+        return np.full(4, np.nan if self.blind and self.t == 3 else 0.5, np.float32)
+
+
 class Endless(Healthy):
     """Episodes without an end."""
 
