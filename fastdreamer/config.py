@@ -556,6 +556,12 @@ def check(config: Config) -> None:
         raise BadInput(
             f"--prefill is {replay.prefill}, less than a sequence: make it at least --batch-length ({length})."
         )
+    first = replay.prefill * env.action_repeat
+    if config.run.frames <= first:
+        raise BadInput(
+            f"--frames is {config.run.frames} and --prefill takes the first {first} (in decisions: {replay.prefill}), "
+            "so that no update would be made: raise the one or lower the other."
+        )
     if replay.replay_capacity < max(replay.prefill, env.envs):
         raise BadInput(
             f"--replay-capacity is {replay.replay_capacity}: make it at least --prefill ({replay.prefill}) "

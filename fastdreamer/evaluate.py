@@ -102,7 +102,7 @@ def run_command(command: Command) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line: exit code 0, or 2 with one sentence for bad input."""
+    """The command line: exit code 0; 2 with one sentence for bad input; 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
 
     def work() -> None:

@@ -17,8 +17,9 @@ class SpaceAdapter:
     """Reads native observations and writes native actions of one task.
 
     A Box is an image where it is HxWx3, HxWx1, 3xHxW, 1xHxW (uint8, or bounded floats, which are scaled to 0..255) or
-    a uint8 HxW; a bounded grid (2-D, not uint8) is an image if `obs` is "pixels" and a vector else; any other Box of
-    ints or floats is a vector. In a Dict the vectors are concatenated in sorted key order, and one image may stand.
+    a uint8 HxW; a bounded grid (2-D, not uint8) is an image if `obs` is "pixels" and a vector else; any other Box is a
+    vector, but for uint8 of three axes and more: stacked frames, or channels that are no colours. One that holds no
+    number is passed over. In a Dict the vectors are concatenated in sorted key order, and one image may stand.
     Images become 64x64: small ones by nearest neighbour, others by area averages; grey is repeated.
 
     Raises BadInput where `obs` asks for what the observation lacks, or a space is of another kind.
@@ -29,6 +30,8 @@ class SpaceAdapter:
         vectors: list[_Part] = []
         for key, space in _leaves(observation_space):
             kind = _kind(space, obs)
+            if kind == "empty":
+                continue
             if kind == "image":
                 images.append(_Part(key, space.shape, space.dtype, (0, 255) if _byte(space) else _bounds(space)))
             elif kind == "vector":
@@ -37,8 +40,13 @@ class SpaceAdapter:
                 raise BadInput(
                     f"--task {task} has the observation space {_name(space)}{_at(key)}, and only Box (as image HxWx3, "
                     "HxWx1, 3xHxW, 1xHxW, uint8 HxW, or as vector) and Dict of Box are served: wrap the environment "
-                    "so that it gives one of them."
+                    "so that it gives one of them (gymnasium.wrappers.FlattenObservation gives a vector)."
                 )
+        if not images and not vectors and obs != "pixels":
+            raise BadInput(
+                f"--task {task} has the observation space {_name(observation_space)}, which holds no number: wrap the "
+                "environment so that it shows something."
+            )
         if obs != "vector" and not images:
             raise BadInput(
                 f"--obs {obs} needs an image (Box HxWx3, HxWx1, 3xHxW, 1xHxW or uint8 HxW) and --task {task} has none"
@@ -150,7 +158,7 @@ class _ActionAdapter:
         self.discrete = name == "Discrete"
         if self.discrete:
             self.size, self._start = int(space.n), int(space.start)
-        elif name == "Box" and np.issubdtype(space.dtype, np.floating) and np.isfinite([space.low, space.high]).all():
+        elif _bounded(space):
             self.size = int(np.prod(space.shape))
             self._low, self._span = space.low.astype(np.float64), space.high.astype(np.float64) - space.low
             self._shape, self._dtype = space.shape, space.dtype
@@ -168,6 +176,12 @@ class _ActionAdapter:
         return native.astype(self._dtype)
 
 
+def _bounded(space: Any) -> bool:
+    """Whether it is a Box of floats that are bounded, and of one at least."""
+    floats = type(space).__name__ == "Box" and np.issubdtype(space.dtype, np.floating)
+    return floats and 0 not in space.shape and bool(np.isfinite([space.low, space.high]).all())
+
+
 def _leaves(space: Any, key: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
     if type(space).__name__ != "Dict":
         return [(key, space)]
@@ -178,13 +192,16 @@ def _kind(space: Any, obs: str) -> str | None:
     if type(space).__name__ != "Box":
         return None
     shape, byte = space.shape, _byte(space)
+    if 0 in shape:
+        return "empty"
     if len(shape) == 2:
         grid = not byte and obs == "pixels" and _bounds(space) is not None
         return "image" if byte or grid else "vector"
     if len(shape) == 3:
         channels = shape[2] in (1, 3) or shape[0] in (1, 3)
-        return "image" if channels and (byte or _bounds(space) is not None) else None
-    return None if byte and len(shape) > 3 else "vector"
+        if channels and (byte or _bounds(space) is not None):
+            return "image"
+    return None if byte and len(shape) > 2 else "vector"
 
 
 def _bounds(space: Any) -> tuple[float, float] | None:

@@ -10,8 +10,9 @@ from gymnasium import spaces
 from runs import SMALL
 
 from fastdreamer import envs, train
-from fastdreamer.config import EnvConfig
-from fastdreamer.envs.base import Fault, NotFinite
+from fastdreamer.config import BadInput, EnvConfig
+from fastdreamer.envs.adapt import SpaceAdapter
+from fastdreamer.envs.base import Fault, NotFinite, Spaces
 from fastdreamer.envs.gym import GymEnv
 
 
@@ -118,3 +119,39 @@ def test_envpool_shows_what_its_spaces_say() -> None:
         config = EnvConfig(envs=2, obs="vector" if obs == "both" else obs, action_repeat=1)  # pyright: ignore
         with envs.make(f"envpool/{task}", config, 0) as environments:
             environments.recv()
+
+
+def space_of(space: spaces.Space, obs: str) -> Spaces:
+    return SpaceAdapter(space, spaces.Discrete(2), obs, "gym/X").spaces
+
+
+def test_what_holds_no_number_is_refused() -> None:
+    empty = spaces.Box(-1, 1, (0,), np.float32)
+    with pytest.raises(BadInput, match=r"Box\(.*\(0,\), float32\), which holds no number"):
+        space_of(empty, "vector")
+    with pytest.raises(BadInput, match="--obs pixels needs an image"):
+        space_of(empty, "pixels")
+    with pytest.raises(BadInput, match=r"has the action space Box\(.*\(0,\)"):
+        SpaceAdapter(VECTOR, empty, "vector", "gym/X")
+    # Beside others it is nothing.
+    both = spaces.Dict({"a": empty, "b": VECTOR})
+    adapter = SpaceAdapter(both, spaces.Discrete(2), "vector", "gym/X")
+    assert adapter.spaces.vector == 4
+    assert adapter.vector({"a": np.zeros((1, 0)), "b": np.ones((1, 4))}).tolist() == [[1] * 4]  # pyright: ignore
+
+
+@pytest.mark.parametrize("bound", [1, np.inf])
+def test_a_grid_of_three_axes_is_a_vector(bound: float) -> None:
+    grid = spaces.Box(-bound, bound, (5, 6, 4), np.float32)
+    assert space_of(grid, "vector").vector == 120
+    with pytest.raises(BadInput, match="use --obs vector"):
+        space_of(grid, "pixels")
+    shown = SpaceAdapter(grid, spaces.Discrete(2), "vector", "gym/X").vector(np.arange(120).reshape(1, 5, 6, 4))
+    assert shown is not None
+    assert shown.tolist() == [[*range(120)]]
+
+
+@pytest.mark.parametrize("obs", ["pixels", "vector"])
+def test_bytes_that_are_no_picture_are_refused_with_the_mend(obs: str) -> None:
+    with pytest.raises(BadInput, match=r"\(10, 10, 4\), uint8\).* wrap .*gymnasium\.wrappers\.FlattenObservation"):
+        space_of(spaces.Box(0, 255, (10, 10, 4), np.uint8), obs)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import children
 from runs import GYM, SAMPLES, SMALL, differences, episodes, run, state_of
 
 from fastdreamer import envs, evaluate, train
@@ -72,15 +73,17 @@ def test_an_environment_that_always_dies_ends_training_and_evaluation(
     assert told in capsys.readouterr().err
 
 
-def signal_once(monkeypatch: pytest.MonkeyPatch, kind: type, name: str, call: int) -> None:
-    """SIGTERM as that call of a method begins."""
+def signal_once(
+    monkeypatch: pytest.MonkeyPatch, kind: type, name: str, call: int, number: signal.Signals = signal.SIGTERM
+) -> None:
+    """A signal as that call of a method begins."""
     method, calls = getattr(kind, name), 0
 
     def signalled(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return method(*arguments)
 
     monkeypatch.setattr(kind, name, signalled)
@@ -125,6 +128,22 @@ def test_a_turn_cut_short_is_resumed_where_it_was(
     assert not differences(state_of(undisturbed), state_of(folder))
     assert episodes(undisturbed) == episodes(folder)
     assert losses(undisturbed) == losses(folder)
+
+
+def test_an_interrupt_ends_evaluation_in_a_line(
+    undisturbed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(undisturbed.rglob("*"))
+    signal_once(monkeypatch, envs.Environments, "recv", 3, signal.SIGINT)
+    assert evaluate.main([str(undisturbed)]) == 128 + signal.SIGINT
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "interrupted; nothing was written\n")
+    assert sorted(undisturbed.rglob("*")) == before
+    assert not [pid for pid in children(os.getpid()) if "fastdreamer.envs.worker" in command(pid)]
+
+
+def command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def test_a_signal_is_heard_while_many_updates_are_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -411,6 +411,8 @@ def test_killed_at_any_moment_it_resumes(kills: int, tmp_path: Path) -> None:
         (["--envs", "0"], r"--envs is 0"),
         (["--gamma", "1.5"], r"--gamma is 1.5"),
         (["--prefill", "3"], r"--prefill is 3.*--batch-length"),
+        (["--frames", "800"], r"--frames is 800 and --prefill takes the first 800 \(in decisions: 800\)"),
+        (["--preset", "dmc", "--frames", "2048"], r"--frames is 2048 and --prefill .* 2048 \(in decisions: 1024\)"),
         (["--replay-capacity", "100"], r"--replay-capacity is 100.*--prefill"),
         ([*PIXELS, "--replay-capacity", "900000000"], r"--replay-capacity 900000000 needs 11\d+\.\d GB.*lower it"),
         ([*PIXELS, "--actor-gradient", "dynamics"], r"--actor-gradient dynamics needs continuous"),
