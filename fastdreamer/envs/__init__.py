@@ -35,15 +35,17 @@ def make(
     seed: int,
     *,
     evaluation: bool = False,
+    gpu: int | None = None,
     logs: Path | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> Environments:
     """`config.envs` environments of `task`; environment i is seeded from `seed` and i, as `episode_seed` says.
 
     Returns when every worker has built its share. `evaluation` has seeds that no training has, and plays
-    `eval_background` behind the frames instead of `background`. What environments print goes to the folder `logs`.
-    Raises BadInput for an unknown task, an observation it lacks, an unsupported space, a missing extra or a missing
-    OpenGL; Stopped as soon as `stopped` comes true.
+    `eval_background` behind the frames instead of `background`. `gpu`: CUDA index of the device that trains, on which
+    frames are rendered where OpenGL has it. What environments print goes to the folder `logs`. Raises BadInput for an
+    unknown task, an observation it lacks, an unsupported space, a missing extra or a missing OpenGL; Stopped as soon
+    as `stopped` comes true.
     """
     family, _, name = task.partition("/")
     if family in FAMILIES and not name:
@@ -64,7 +66,7 @@ def make(
         videos = background.prepare(folder, option)
     seed += MAX_SEED if evaluation else 0
     return Environments(
-        task, config, seed, workers=worker_count(task, config), videos=videos, logs=logs, stopped=stopped
+        task, config, seed, workers=worker_count(task, config), videos=videos, gpu=gpu, logs=logs, stopped=stopped
     )
 
 

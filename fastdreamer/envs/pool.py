@@ -63,6 +63,7 @@ class _Group:
         self.deaths = 0  # since an episode was finished
         self.journal: Journal | None = None
         self.episodic = False  # each episode is seeded by itself
+        self.renderer: str | None = None
         self._memory, self._logs, self._stopped = memory, logs, stopped
         self.launch()
 
@@ -99,6 +100,7 @@ class _Group:
         message = self._receive(self.patience)
         assert isinstance(message, Built)
         self.journal, self.episodic = Journal(self.job.count, message.spaces, message.episodic), message.episodic
+        self.renderer = message.renderer
         return message.spaces
 
     def begin(self, past: Replay | None = None) -> None:
@@ -219,6 +221,7 @@ class Environments:
         *,
         workers: int,
         videos: str | None = None,
+        gpu: int | None = None,
         logs: Path | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -239,7 +242,7 @@ class Environments:
         self._groups: list[_Group] = []
         try:
             for first, end in itertools.pairwise(bounds):
-                job = Job(task, config, seed, end - first, first, self.num_envs, videos)
+                job = Job(task, config, seed, end - first, first, self.num_envs, videos, gpu)
                 self._groups.append(self._group(job))
             for group in self._groups:
                 self.spaces = self._build(group)
@@ -248,6 +251,11 @@ class Environments:
             raise
         self._shared, self._taken = attach(self._memory, self.num_envs, self.spaces)
         self._last = Step.empty(self.num_envs, self.spaces)
+
+    @property
+    def renderer(self) -> str | None:
+        """Name of what renders the frames, where they come from OpenGL and it is known."""
+        return self._groups[0].renderer
 
     def send(self, action: np.ndarray) -> None:
         """Starts the next step and returns at once. `action`: finite float32 (N, A), as `Spaces` says."""

@@ -29,6 +29,7 @@ class Job:
     first_index: int
     total: int
     videos: str | None
+    gpu: int | None = None  # CUDA index of the one that trains
 
     @property
     def slice(self) -> slice:
@@ -39,6 +40,7 @@ class Job:
 class Built:
     spaces: Spaces
     episodic: bool  # whether each episode is seeded by itself (`EpisodicBatch`)
+    renderer: str | None  # as `rendering.renderer` says
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,36 @@ FAST_FRAMES = (
 )
 _INSTALL_EGL = "apt-get install libegl1 libopengl0 libgl1-mesa-dri"
 _WITHOUT_OPENGL = "or use --obs vector, which needs no OpenGL"
+_SOFTWARE = ("llvmpipe", "softpipe", "swrast", "osmesa")
+
+
+class _Chosen:
+    """What this process renders by."""
+
+    gpu: int | None = None
+    renderer: str | None = None
+
+
+def prefer(gpu: int | None) -> None:
+    """Has what is prepared from now on render on the GPU that trains: its CUDA index in the trainer, None for none."""
+    _Chosen.gpu, _Chosen.renderer = gpu, None
+
+
+def renderer() -> str | None:
+    """The renderer's name, as OpenGL says it, where this process has prepared to render and it is known."""
+    return _Chosen.renderer
+
+
+def told(renderer: str, gpu: bool) -> str:
+    """What a run says of its `renderer` as it starts, with a hint where frames could come from the `gpu` and do not."""
+    said = f"frames are rendered by {renderer}"
+    if not gpu or not any(name in renderer.lower() for name in _SOFTWARE):
+        return said
+    return (
+        f"{said}: on the processor, slowly, beside a CUDA device; install the OpenGL part of its driver (a container: "
+        "NVIDIA_DRIVER_CAPABILITIES=all), or name it by "
+        "__EGL_VENDOR_LIBRARY_FILENAMES=/usr/share/glvnd/egl_vendor.d/10_nvidia.json"
+    )
 
 
 def available() -> bool:
@@ -56,6 +86,7 @@ def prepare_envpool(fast: bool) -> None:
             f"--obs pixels: no EGL display starts, which EnvPool needs to render: {_INSTALL_EGL}, {other}"
             f"{_WITHOUT_OPENGL}"
         )
+    _choose_display(*libraries)
     # EnvPool 1.2.5 looks OpenGL up among the process's global symbols and finds only libraries loaded so.
     for library in libraries:
         ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
@@ -77,8 +108,9 @@ def prepare_dm_control(pixels: bool, fast: bool) -> None:
     egl = _loadable("EGL")
     if egl is not None and (_loadable("OpenGL") or _loadable("GL")) and _egl_starts(egl):
         os.environ["MUJOCO_GL"] = "egl"
+        _choose_display(egl)
     elif _loadable("OSMesa"):
-        os.environ["MUJOCO_GL"] = "osmesa"
+        os.environ["MUJOCO_GL"], _Chosen.renderer = "osmesa", "OSMesa"
     else:
         raise BadInput(
             f"--obs pixels: neither EGL nor OSMesa is here to render with: {_INSTALL_EGL}, {_WITHOUT_OPENGL}"
@@ -159,38 +191,95 @@ def _loadable(name: str) -> str | None:
     return None
 
 
-@functools.cache
 def _egl_starts(*libraries: str) -> bool:
-    """Whether the last of these libraries, libEGL, initialises a display; tried in a process of its own.
+    """Whether the last of these libraries, libEGL, initialises a display."""
+    return _probe(_physical(_Chosen.gpu), *libraries) is not None
 
-    A broken driver may end the process that tries it, and a library once loaded stays.
+
+def _choose_display(*libraries: str) -> None:
+    """Has EnvPool and dm_control, which both read MUJOCO_EGL_DEVICE_ID, take the GPU that trains; notes the renderer.
+
+    A MUJOCO_EGL_DEVICE_ID set by the user stays.
+    """
+    device, _Chosen.renderer = _probe(_physical(_Chosen.gpu), *libraries) or (None, None)
+    if device is not None:
+        os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", str(device))
+
+
+def _physical(gpu: int | None) -> int | None:
+    """A CUDA device's number among all of the machine, by which EGL calls it; None where the user gave none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if gpu is None or visible is None:
+        return gpu
+    names = visible.split(",")
+    return int(names[gpu]) if gpu < len(names) and names[gpu].strip().isdigit() else None
+
+
+@functools.cache
+def _probe(gpu: int | None, *libraries: str) -> tuple[int | None, str | None] | None:
+    """EGL's number of CUDA device `gpu` (None where EGL has it not) and the renderer's name (None where it says none).
+
+    None where no display starts. Tried in a process of its own: a broken driver may end the process that tries it, and
+    a library once loaded stays.
     """
     if not libraries:
-        return False
-    command = [sys.executable, "-c", _PROBE, *libraries]
+        return None
+    command = [sys.executable, "-c", _PROBE, str(-1 if gpu is None else gpu), *libraries]
     try:
-        return subprocess.run(command, capture_output=True, timeout=30).returncode == 0
+        done = subprocess.run(command, capture_output=True, timeout=30, text=True, errors="replace")
     except subprocess.TimeoutExpired:
-        return False
+        return None
+    # A driver that fails only as the process ends has rendered.
+    device, _, name = done.stdout.partition("\n")
+    if not device.lstrip("-").isdigit():
+        return None
+    return (int(device) if int(device) >= 0 else None), name.strip() or None
 
 
-# Displays are sought as MuJoCo's users seek them: on the devices, else the default one (EGL_EXT_platform_device).
+# Displays are sought as MuJoCo's users seek them: on the devices, else the default one (EGL_EXT_platform_device). The
+# first line printed is the number of the CUDA device's display or -1, and comes where a display starts; the second the
+# name of the renderer.
 _PROBE = """
-import ctypes, sys
-for library in sys.argv[1:]:
+import ctypes, os, sys
+wanted = int(sys.argv[1])
+for library in sys.argv[2:]:
     egl = ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 pointer, integer = ctypes.c_void_p, ctypes.c_int
 egl.eglGetProcAddress.restype, egl.eglGetProcAddress.argtypes = pointer, [ctypes.c_char_p]
 egl.eglGetDisplay.restype, egl.eglGetDisplay.argtypes = pointer, [pointer]
 egl.eglInitialize.argtypes = [pointer, pointer, pointer]
-query = egl.eglGetProcAddress(b"eglQueryDevicesEXT")
-get = egl.eglGetProcAddress(b"eglGetPlatformDisplayEXT")
-displays = []
+def find(name, result, *arguments):
+    address = egl.eglGetProcAddress(name)
+    return ctypes.CFUNCTYPE(result, *arguments)(address) if address else None
+query = find(b"eglQueryDevicesEXT", integer, integer, pointer, pointer)
+get = find(b"eglGetPlatformDisplayEXT", pointer, ctypes.c_uint, pointer, pointer)
+attribute = find(b"eglQueryDeviceAttribEXT", integer, pointer, integer, pointer)
+displays, number = [], -1
 if query and get:
     devices, count = (pointer * 16)(), integer(0)
-    ctypes.CFUNCTYPE(integer, integer, pointer, pointer)(query)(16, devices, ctypes.addressof(count))
-    display = ctypes.CFUNCTYPE(pointer, ctypes.c_uint, pointer, pointer)(get)
-    displays = [display(0x313F, devices[i], None) for i in range(count.value)]
+    query(16, devices, ctypes.addressof(count))
+    displays = [get(0x313F, devices[i], None) for i in range(count.value)]
+    for i in range(count.value if attribute and wanted >= 0 else 0):
+        cuda = ctypes.c_ssize_t(-1)
+        if attribute(devices[i], 0x323A, ctypes.addressof(cuda)) and cuda.value == wanted:
+            number = i
+chosen = int(os.environ.get("MUJOCO_EGL_DEVICE_ID") or number)
+if 0 <= chosen < len(displays):
+    displays = displays[chosen:chosen + 1]
 displays.append(egl.eglGetDisplay(None))
-sys.exit(not any(display and egl.eglInitialize(display, None, None) for display in displays))
+display = next((one for one in displays if one and egl.eglInitialize(one, None, None)), None)
+if display is None:
+    sys.exit(1)
+print(number, flush=True)
+egl.eglBindAPI.argtypes = [ctypes.c_uint]
+egl.eglChooseConfig.argtypes = [pointer, pointer, pointer, integer, pointer]
+egl.eglCreateContext.restype, egl.eglCreateContext.argtypes = pointer, [pointer] * 4
+egl.eglMakeCurrent.argtypes = [pointer] * 4
+config, count = pointer(), integer(0)
+wishes = (integer * 5)(0x3033, 0x0001, 0x3040, 0x0008, 0x3038)
+if egl.eglBindAPI(0x30A2) and egl.eglChooseConfig(display, wishes, ctypes.byref(config), 1, ctypes.byref(count)):
+    context = egl.eglCreateContext(display, config, None, None) if count.value else None
+    if context and egl.eglMakeCurrent(display, None, None, context):
+        name = find(b"glGetString", ctypes.c_char_p, ctypes.c_uint)
+        print(((name and name(0x1F01)) or b"").decode(errors="replace"), flush=True)
 """

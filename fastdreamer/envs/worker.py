@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fastdreamer.config import BadInput
-from fastdreamer.envs import build
+from fastdreamer.envs import build, rendering
 from fastdreamer.envs.base import MEND, BatchEnv, NotFinite, Spaces, Step
 from fastdreamer.envs.episodic import EpisodicBatch
 from fastdreamer.envs.protocol import Built, Failed, Job, Refused, Replay, attach, expand, rows
@@ -31,9 +31,10 @@ def serve(pipe: Connection, memory: int) -> None:
     job: Job = _receive(pipe)
     with contextlib.ExitStack() as stack:
         try:
+            rendering.prefer(job.gpu)
             batch = build(job)
             stack.callback(batch.close)
-            _send(pipe, Built(batch.spaces, isinstance(batch, EpisodicBatch)))
+            _send(pipe, Built(batch.spaces, isinstance(batch, EpisodicBatch), rendering.renderer()))
             replay: Replay | None = _receive(pipe)
             shown, taken = attach(memory, job.total, batch.spaces)
             out, action = rows(shown, job.slice), taken[job.slice]

@@ -20,7 +20,7 @@ from fastdreamer.run.logger import PLAIN_INTERVAL, Logger
 from fastdreamer.run.parts import make_acting
 from fastdreamer.run.pictures import dream_gif, learning_curve
 from fastdreamer.run.records import longest_episode, read_run, write_whole
-from fastdreamer.runtime.device import generator
+from fastdreamer.runtime.device import cuda_index, generator
 from fastdreamer.runtime.graphs import Runtime
 
 NOISE_STREAM, DREAM_STREAM = 100, 101
@@ -100,7 +100,8 @@ def evaluate(
     env = replace(config.env, envs=count)
     cut = left_out = 0
     try:
-        with envs.make(config.task, env, config.seed, evaluation=True, logs=logs, stopped=stopped) as environments:
+        seed, gpu = config.seed, cuda_index(runtime.device)
+        with envs.make(config.task, env, seed, evaluation=True, gpu=gpu, logs=logs, stopped=stopped) as environments:
             total, age = np.zeros(count), np.zeros(count, np.int64)
             acting = make_acting(runtime, agent, count, noise, captured=False)
             while True:

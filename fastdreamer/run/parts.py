@@ -13,10 +13,11 @@ from torch import nn
 from fastdreamer import envs
 from fastdreamer.algorithm.agent import Agent, Optimizers
 from fastdreamer.config import BadInput, Config
+from fastdreamer.envs import rendering
 from fastdreamer.envs.base import Spaces
 from fastdreamer.replay import Replay, available_memory, describe
 from fastdreamer.runtime.acting import Acting
-from fastdreamer.runtime.device import CORES, choose_device, fast_bf16, generator, prepare_process
+from fastdreamer.runtime.device import CORES, choose_device, cuda_index, fast_bf16, generator, prepare_process
 from fastdreamer.runtime.graphs import Runtime
 from fastdreamer.runtime.learner import Batches, Learner
 
@@ -153,8 +154,11 @@ def build(config: Config) -> Parts:
     """Builds a run as its options say. Raises BadInput for what cannot be had here; nothing is left behind then."""
     device = choose_device(config.run.device)
     runtime = make_runtime(config, device)
-    environments = envs.make(config.task, config.env, config.seed)
+    gpu = cuda_index(device)
+    environments = envs.make(config.task, config.env, config.seed, gpu=gpu)
     try:
+        if environments.renderer is not None:
+            say(rendering.told(environments.renderer, gpu is not None))
         return _assemble(config, runtime, environments)
     except BaseException:
         environments.close()

@@ -19,6 +19,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def cuda_index(device: torch.device) -> int | None:
+    """The number of a CUDA device, as PyTorch counts; None for another device."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 CORES = min(torch.get_num_threads(), len(os.sched_getaffinity(0)))
 """What PyTorch would take by itself: physical cores, or OMP_NUM_THREADS; and no more than this process may use."""
 
