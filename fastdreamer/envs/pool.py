@@ -227,7 +227,8 @@ class Environments:
     ) -> None:
         """`logs`: the folder of what environments print, in memory where there is none.
 
-        Raises BadInput where the task cannot be built, or its process dies five times; Stopped where `stopped`."""
+        Raises BadInput where the task cannot be built, or its process dies five times; Stopped where `stopped`.
+        """
         self.num_envs = config.envs
         self.stopped = stopped
         """Asked while something is waited for; where it comes true, the wait raises Stopped."""
