@@ -33,7 +33,7 @@ def test_the_last_line_is_a_command_for_the_shell(
 
     monkeypatch.setattr(Trainer, "iterate", stopped)
     monkeypatch.setattr(Logger, "__init__", lambda self, run, **more: init(self, run, **more | {"live": live}))
-    for name, value in {"TERM": "xterm", "FORCE_COLOR": "1", "COLUMNS": "40"}.items():
+    for name, value in {"TERM": "xterm", "FORCE_COLOR": "1"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
         train.main([*GYM, "--logdir", str(tmp_path / "my runs;")])
