@@ -260,6 +260,7 @@ FREE_ON_RESUME = {
     "background": "the folder may have moved; environments begin new episodes",
     "eval_background": "the folder may have moved",
     "timeout": _NEXT_PROCESS,
+    "on_nan": _NEXT_PROCESS,
     "batch_norm_momentum": _NEXT_UPDATE,
     "batch_norm_eps": _NEXT_UPDATE,
     "beta_pred": _NEXT_UPDATE,
@@ -602,7 +603,7 @@ def _check_resumed(before: Config, now: Config) -> None:
 
 RECORD_FORMAT = 1
 """Of the record that a run keeps of its options; goes up when an option is added."""
-ADDED = dict.fromkeys(("threads", "env_args", "eval_steps", "imagined_cont"), 1)
+ADDED: dict[str, int] = dict.fromkeys(("threads", "env_args", "on_nan", "eval_steps", "imagined_cont"), 1)
 """Options that records of an older format than this lack; their runs go on with the option's own default."""
 
 

@@ -365,9 +365,9 @@ def test_episodes_of_dm_control_follow_from_their_seeds_and_lqr_has_envpools_lim
 @pytest.fixture
 def no_driver(monkeypatch):
     monkeypatch.setenv("__EGL_VENDOR_LIBRARY_DIRS", "/nonexistent")
-    rendering._egl_starts.cache_clear()
+    rendering._probe.cache_clear()
     yield
-    rendering._egl_starts.cache_clear()
+    rendering._probe.cache_clear()
 
 
 @pytest.mark.usefixtures("no_driver")
