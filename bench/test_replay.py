@@ -25,7 +25,7 @@ def make(place: str, envs: int) -> Replay:
     near = place != "in host memory"
     replay = Replay(
         SPACES, envs, CAPACITY, gather=ops.load("fused" if CUDA and near else "reference").gather_sequences,
-        images=torch.float32 if near else torch.uint8, device=DEVICE if near else "cpu", pin=not near,
+        images=torch.float32 if near else torch.uint8, device=DEVICE if near else "cpu",
     )  # fmt: skip
     for field in replay.fields.values():
         # Every page is to be there.
