@@ -22,6 +22,8 @@ from fastdreamer.config import BadInput
 from fastdreamer.replay import Replay
 
 FORMAT = 3
+READ = (2, FORMAT)
+"""Formats that can be gone on from: those of format 2 lack what a turn that was cut short leaves."""
 CHUNK_BYTES = 32 << 20
 """Size of a file of replay rows before compression. What is left over is written anew with every checkpoint."""
 
@@ -278,9 +280,10 @@ class Checkpoints:
 
     def _load(self, path: Path, replay: Replay | None, expected: Mapping[str, tuple] | None) -> dict[str, Any]:
         manifest = _read_manifest(path)
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in READ:
             raise BadInput(
-                f"{path} has format {manifest['format']} and this version reads {FORMAT}: use its own version."
+                f"{path} has format {manifest['format']} and this version reads {' and '.join(map(str, READ))}: "
+                "use its own version."
             )
         if expected is not None:
             check_shapes(expected, {name: tuple(shape) for name, shape in manifest["shapes"].items()})

@@ -68,7 +68,7 @@ def test_a_worker_is_replaced_and_no_other_row_is_lost(fault, caplog):
     assert not rows[3].is_last.any()
     assert not np.array_equal(rows[3].vector[struck], rows[0].vector[struck]), "the seed is new"  # type: ignore[index]
     assert rows[10].is_last[struck].all(), "a whole episode follows"
-    told = "the arm fell off" if fault == "Faulty" else "did not answer within 2 seconds"
+    told = "the arm fell off" if fault == "Faulty" else "did not answer within 5 seconds"
     assert told in caplog.text
 
 

@@ -50,6 +50,7 @@ def test_close_is_called_and_children_end(tmp_path: Path) -> None:
     assert all_closed(tmp_path, 2)
 
 
+@pytest.mark.thorough
 def test_what_hangs_as_it_closes_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with envs.make(f"{TASK}SlowToClose-v0", CONFIG, seed=0) as environments:
         environments.recv()

@@ -114,6 +114,7 @@ def test_a_worker_looks_at_what_any_environment_shows() -> None:
         worker._complete(rows, None, job)
 
 
+@pytest.mark.thorough
 def test_envpool_shows_what_its_spaces_say() -> None:
     for task, obs in [("Catch-v0", "both"), ("CartPole-v1", "vector"), ("Pong-v5", "pixels")]:
         config = EnvConfig(envs=2, obs="vector" if obs == "both" else obs, action_repeat=1)  # pyright: ignore

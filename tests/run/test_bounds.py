@@ -61,6 +61,7 @@ def test_the_limit_follows_training_episodes(tmp_path: Path) -> None:
     assert episode_limit(replace(config, run=replace(config.run, eval_steps=5)), tmp_path) == 5
 
 
+@pytest.mark.thorough
 def test_an_environment_that_always_dies_ends_training_and_evaluation(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +138,7 @@ def test_an_interrupt_ends_evaluation_in_a_line(
     signal_once(monkeypatch, envs.Environments, "recv", 3, signal.SIGINT)
     assert evaluate.main([str(undisturbed)]) == 128 + signal.SIGINT
     shown = capsys.readouterr()
-    assert (shown.out, shown.err) == ("", "interrupted; nothing was written\n")
+    assert (shown.out, shown.err) == ("", "interrupted; the run is as it was\n")
     assert sorted(undisturbed.rglob("*")) == before
     assert not [pid for pid in children(os.getpid()) if "fastdreamer.envs.worker" in command(pid)]
 
@@ -173,6 +174,7 @@ def test_a_signal_is_heard_while_an_environment_hangs(tmp_path: Path, monkeypatc
     assert torch.is_tensor(state_of(folder)["carry"]["action"])
 
 
+@pytest.mark.thorough
 def test_a_run_goes_on_after_a_nan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*task("Blinks"), "--frames", "300", "--eval-steps", "1"]
     assert train.main([*arguments, "--logdir", str(tmp_path)]) == 2

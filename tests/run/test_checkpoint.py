@@ -322,7 +322,7 @@ def test_code_in_place_of_data_is_refused_and_not_run(tmp_path: Path, kind: str)
 def test_another_format_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Checkpoints(tmp_path).save(1, state_of(1), None)
     written = module.FORMAT
-    monkeypatch.setattr(module, "FORMAT", written + 1)
+    monkeypatch.setattr(module, "READ", (written + 1,))
     with pytest.raises(BadInput, match=f"has format {written} and this version reads {written + 1}"):
         Checkpoints(tmp_path).load()
 

@@ -109,6 +109,7 @@ def test_ctrl_c_once_closes_what_is_open(capsys: pytest.CaptureFixture[str]) -> 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.thorough
 def test_a_reader_that_has_gone(tmp_path: Path) -> None:
     """As with `| head -1`: the run goes on, and what it says comes on standard error."""
     command = [sys.executable, "-m", "fastdreamer.train", *GYM, "--frames", "30", "--logdir", str(tmp_path)]
@@ -124,6 +125,7 @@ def test_a_reader_that_has_gone(tmp_path: Path) -> None:
     assert "pictures: " in error
 
 
+@pytest.mark.thorough
 def test_closed_streams(tmp_path: Path) -> None:
     """As with `>&-`, and with nobody to say anything to."""
     command = [sys.executable, "-m", "fastdreamer.train", *GYM, "--frames", "30", "--logdir", str(tmp_path / "runs")]
