@@ -28,7 +28,7 @@ from fastdreamer.config import BadInput
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "kernels/README.md", "docs/performance.md")
-SHOWN = ("AMD-EPYC-AVX512-BF16-2-cores", "Intel-Xeon-Processor-AVX512-BF16-2-cores")
+SHOWN = ("AMD-EPYC-AVX512-BF16-2-cores", "Intel(R)-Xeon(R)-Processor-AVX512-BF16-2-cores")
 """The devices whose results the documents show: of each name the first's that has it. A GPU's go before them."""
 MARK = re.compile(r"<!-- (?:bench: (?P<name>.+?)|end of bench) -->")
 LOSS = 1.1

@@ -217,6 +217,6 @@ def test_beside_busy_cores(family: str, way: str, measure: Measure, runs: Runs) 
                 call()
 
         measure(
-            [call if way == ALONE else beside], rounds=2 if spinning else 10, capture=False, warm=0 if spinning else 1,
+            [call if way == ALONE else beside], rounds=2 if spinning else 5, capture=False, warm=0,
             group=f"a turn of the loop beside others, {config.task}, size tiny", baseline=ALONE, implementation=way,
         )  # fmt: skip
