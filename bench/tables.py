@@ -241,7 +241,7 @@ def compare(new: Sequence[Module], stored: Sequence[Module]) -> tuple[str, list[
     notes, rows, losses = [], [], []
     here, there = ({module.device for module in modules} for modules in (new, stored))
     for module in new:
-        own = module.timed or module.device in there
+        own = module.timed or any((old.device, old.name) == (module.device, module.name) for old in stored)
         allowed = LOSS if own else OTHER_CPU_LOSS
         peers = [old for old in stored if (old.device == module.device if own else not old.timed)]
         known = [old for old in peers if old.name == module.name]
