@@ -13,11 +13,13 @@ import math
 import multiprocessing
 import os
 import platform
+import signal
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from io import StringIO
@@ -37,7 +39,7 @@ from torch import Tensor
 from fastdreamer.config import Config
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import Way, ready
-from fastdreamer.runtime.device import fast_bf16
+from fastdreamer.runtime.device import CORES, fast_bf16
 from fastdreamer.runtime.graphs import Captured
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,9 @@ UNCAPTURED = Way("compiled bf16, not captured", "reference", True, "bf16")
 """`torch.compile` alone."""
 TOLERANCE = 0.1
 """How far losses and norms of two precisions may lie apart: each draws some latents that the other does not."""
+SPINNING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "300000"}
+"""OpenMP's threads as they are where nothing is said: a waiting one spins for milliseconds. For ever, as "active" has
+it, would be between a baseline's rounds, too, on the cores that others are timed on."""
 FOREIGN = 8.0
 """How many times further from the truth a baseline may be that another compiler made."""
 Call = Callable[[], Any]
@@ -384,11 +389,19 @@ class Runs:
 
         `environment`: variables of a process on a CPU.
         """
-        plain = replace(config, run=replace(config.run, kernels="reference", compile=False, precision="fp32"))
+        run = replace(config.run, kernels="reference", compile=False, precision="fp32", threads=0)
+        plain = replace(config, run=run)
         if (plain, part) not in self._numbers:
             self._numbers[plain, part] = self._run(plain).prepare(part)
         agree(self._run(config, capture, environment).prepare(part), self._numbers[plain, part])
-        return lambda: self._run(config, capture, environment).call(part)
+
+        def call() -> Any:
+            run = self._run(config, capture, environment)
+            # A run that had to go is made anew.
+            run.prepare(part)
+            return run.call(part)
+
+        return call
 
     def close(self) -> None:
         while self._runs:
@@ -413,6 +426,32 @@ def agree(numbers: Mapping[str, float], reference: Mapping[str, float]) -> None:
     # NaN fails every comparison.
     far = {k: (v, reference[k]) for k, v in numbers.items() if not abs(v - reference[k]) <= TOLERANCE * (abs(v) + 0.1)}
     assert not far, f"not what the reference gives: {far}"
+
+
+@contextmanager
+def busy_cores() -> Iterator[Any]:
+    """As many loops as there are cores: gives what lets them run for as long as a context lasts."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(CORES)]
+
+    def send(number: signal.Signals) -> None:
+        for loop in loops:
+            os.kill(loop.pid, number)
+
+    @contextmanager
+    def running() -> Iterator[None]:
+        send(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            send(signal.SIGSTOP)
+
+    try:
+        send(signal.SIGSTOP)
+        yield running
+    finally:
+        send(signal.SIGKILL)
+        for loop in loops:
+            loop.wait()
 
 
 @pytest.fixture(scope="module")

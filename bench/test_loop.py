@@ -4,19 +4,14 @@ alone; what the loop spends its time on; and what becomes of it beside busy core
 The watching is done from here: a trainer that nobody times has no clocks in it.
 """
 
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import CUDA, DEVICE, Call, Measure, Runs
+from conftest import CUDA, DEVICE, SPINNING, Call, Measure, Runs, busy_cores
 
 from fastdreamer.config import BadInput, Config
 from fastdreamer.envs import make
@@ -30,7 +25,7 @@ ENVS = 16 if CUDA else 4
 TURNS = 10 if CUDA else 1
 """Turns of the loop that are timed together: between them a GPU is not waited for."""
 SHARES = ("waiting for environments", "acting", "storing", "updating")
-ALONE, BESIDE, SPINNING = "alone", f"beside {CORES} busy loops", f"{CORES} threads that spin"
+ALONE, BESIDE, SPIN = "alone", f"beside {CORES} busy loops", f"{CORES} threads that spin"
 FAMILIES = {"synthetic": "synthetic/continuous", "walker_walk": "dmc/walker_walk"}
 
 
@@ -169,32 +164,6 @@ def test_loop(family: str, implementation: str, measure: Measure, runs: Runs, re
     )  # fmt: skip
 
 
-@contextmanager
-def busy_cores() -> Iterator[Any]:
-    """As many loops as there are cores: gives what lets them run for as long as a context lasts."""
-    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(CORES)]
-
-    def send(number: signal.Signals) -> None:
-        for loop in loops:
-            os.kill(loop.pid, number)
-
-    @contextmanager
-    def running() -> Iterator[None]:
-        send(signal.SIGCONT)
-        try:
-            yield
-        finally:
-            send(signal.SIGSTOP)
-
-    try:
-        send(signal.SIGSTOP)
-        yield running
-    finally:
-        send(signal.SIGKILL)
-        for loop in loops:
-            loop.wait()
-
-
 def turns(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     """One turn of the loop."""
     ready(trainer)
@@ -202,14 +171,14 @@ def turns(trainer: Trainer) -> tuple[Call, dict[str, float]]:
 
 
 @pytest.mark.skipif(CUDA, reason="updates run on the GPU here")
-@pytest.mark.parametrize("way", [ALONE, BESIDE, pytest.param(f"{BESIDE}, {SPINNING}", marks=pytest.mark.long)])
+@pytest.mark.parametrize("way", [ALONE, BESIDE, pytest.param(f"{BESIDE}, {SPIN}", marks=pytest.mark.long)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beside_busy_cores(family: str, way: str, measure: Measure, runs: Runs) -> None:
     """A fair share of the cores is half of them. At size tiny, with the threads that the trainer chooses."""
-    spinning = SPINNING in way
+    spinning = SPIN in way
     config = of_family(family, "tiny")
     config = replace(config, run=replace(config.run, threads=CORES if spinning else 0))
-    call = runs.call(config, turns, environment={"OMP_WAIT_POLICY": "active"} if spinning else None)
+    call = runs.call(config, turns, environment=SPINNING if spinning else None)
     with busy_cores() as running:
 
         def beside() -> None:

@@ -22,12 +22,23 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, "passive"), ("active", "active")])
-def test_threads_sleep_unless_told_otherwise(before: str | None, after: str) -> None:
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, "passive 3000"),
+        ({"OMP_WAIT_POLICY": "active"}, "active None"),
+        ({"OMP_WAIT_POLICY": "passive"}, "passive None"),
+        ({"GOMP_SPINCOUNT": "7"}, "passive 7"),
+    ],
+)
+def test_threads_sleep_unless_told_otherwise(before: dict[str, str], after: str) -> None:
     """And it is said before torch, which reads it, is loaded: by the package, whatever of it is imported."""
-    code = "import sys, os, fastdreamer.config; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {} if before is None else {"OMP_WAIT_POLICY": before}
+    code = (
+        "import sys, os, fastdreamer.config; assert 'torch' not in sys.modules; "
+        "print(os.environ['OMP_WAIT_POLICY'], os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    ours = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}
+    environment = {name: value for name, value in os.environ.items() if name not in ours} | before
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == after
 
