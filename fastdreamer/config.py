@@ -13,6 +13,8 @@ from fastdreamer.commandline import BadInput
 
 MAX_SEED = 10**9
 """Seeds lie below; environments of an evaluation are seeded from beyond."""
+NOISE = "noise"
+"""The background that needs no file."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,9 @@ class EnvConfig:
     render: Literal["exact", "fast"] = "exact"
     """`fast` draws `dmc/` frames with coarse shadows and no multisampling: for machines without a GPU."""
     background: str | None = None
-    """Folder of videos played behind `dmc/` frames while training."""
+    """Folder of videos played behind `dmc/` frames while training; or `noise`: moving textures, behind any frames."""
     eval_background: str | None = None
-    """Folder of videos played behind `dmc/` frames while evaluating; needed where `background` is given."""
+    """As `background`, while evaluating; needed beside a folder of videos. `noise`: textures that no training has."""
     envs: int = 4
     """Environments stepped in parallel (N)."""
     workers: int = 0
@@ -42,6 +44,11 @@ class EnvConfig:
     """Keyword arguments of a `gym/` task's constructor, as a JSON object: '{"arena": 3}'."""
     timeout: float = 60.0
     """Seconds without an answer after which an environment process counts as hung and is restarted."""
+
+    @property
+    def shown_in_evaluation(self) -> str | None:
+        """What is behind the frames of an evaluation."""
+        return self.eval_background or (NOISE if self.background == NOISE else None)
 
 
 @dataclass(frozen=True)
@@ -257,7 +264,7 @@ FIXED_ON_RESUME = {
 FREE_ON_RESUME = {
     "backend": "environments begin new episodes, simulated by the other one",
     "render": "environments begin new episodes, drawn the other way",
-    "background": "the folder may have moved; environments begin new episodes",
+    "background": "the folder may have moved, but noise stays noise; environments begin new episodes",
     "eval_background": "the folder may have moved",
     "timeout": _NEXT_PROCESS,
     "on_nan": _NEXT_PROCESS,
@@ -448,6 +455,19 @@ def parse_command(argv: Sequence[str], *, cuda: bool) -> tuple[Command, str]:
     return command, f"preset {config.preset} ({config.task}, size {config.size}) {why}"
 
 
+def check_background(config: Config, flag: str, shown: str | None) -> None:
+    """Raises BadInput, naming `flag`, where the task cannot have `shown` behind its frames."""
+    if shown is None:
+        return
+    if config.env.obs == "vector":
+        raise BadInput(f"{flag} needs frames: use --obs pixels, or leave it out.")
+    if shown != NOISE and not config.task.startswith("dmc/"):
+        raise BadInput(
+            f"{flag} {shown}: videos are for dmc/ tasks and the task is {config.task}; use {flag} {NOISE} for moving "
+            "textures, or leave it out."
+        )
+
+
 def _check_name(name: str | None, root: Path) -> None:
     if name is None:
         return
@@ -480,15 +500,13 @@ def check(config: Config) -> None:
             raise BadInput(f"--env-args is for gym/ tasks and --task is {config.task}: leave it out.")
         constructor_arguments(env.env_args)
     for flag, folder in (("--background", env.background), ("--eval-background", env.eval_background)):
-        if folder is not None and (not dmc or env.obs == "vector"):
-            raise BadInput(
-                f"{flag} needs frames of a dmc/ task: use --task dmc/... with --obs pixels, or leave it out."
-            )
-    if env.background is not None and env.eval_background is None:
+        check_background(config, flag, folder)
+    if env.background is not None and env.shown_in_evaluation is None:
         raise BadInput(
             "--background needs --eval-background with other videos: evaluation must not see those trained on."
         )
-    if env.background is not None and Path(env.background).resolve() == Path(env.eval_background or "").resolve():
+    videos = env.background not in (None, NOISE)
+    if videos and Path(env.background or "").resolve() == Path(env.eval_background or "").resolve():
         raise BadInput("--eval-background is the folder of --background: name a folder of other videos.")
     if env.obs == "vector" and env.render == "fast":
         raise BadInput("--render fast needs frames: leave it out, or use --obs pixels.")
@@ -599,6 +617,12 @@ def _check_resumed(before: Config, now: Config) -> None:
             raise BadInput(
                 f"{flag} cannot change in a resumed run ({old[name]} before): {why}; leave it out, or start a run anew."
             )
+    was, wanted = before.env.background, now.env.background
+    if was != wanted and (None in (was, wanted) or NOISE in (was, wanted)):
+        raise BadInput(
+            f"--background cannot become {wanted} in a resumed run ({was} before): what was learned so far is of the "
+            "other frames; leave it out, or start a run anew."
+        )
 
 
 RECORD_FORMAT = 1

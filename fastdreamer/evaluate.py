@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from fastdreamer import commandline
-from fastdreamer.config import BadInput, load_config
+from fastdreamer.config import BadInput, check_background, load_config
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Command:
     video: bool = False
     """Write RUN/evaluation.gif, the first episode."""
     background: str | None = None
-    """Folder of videos played behind the frames, instead of the run's own --eval-background."""
+    """Folder of videos played behind the frames, or `noise`, instead of the run's own --eval-background."""
     json: bool = False
     """Print one JSON object with return_mean, return_std and returns."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -61,8 +61,7 @@ def run_command(command: Command) -> None:
     config = load_config(run)
     config = replace(config, run=replace(config.run, threads=command.threads))
     if command.background is not None:
-        if not config.task.startswith("dmc/") or config.env.obs == "vector":
-            raise BadInput("--background needs frames of a dmc/ task, which this run has not: leave it out.")
+        check_background(config, "--background", command.background)
         config = replace(config, env=replace(config.env, eval_background=command.background))
     if command.video and config.env.obs == "vector":
         raise BadInput("--video needs frames and this run was trained with --obs vector: leave it out.")
@@ -92,7 +91,7 @@ def run_command(command: Command) -> None:
         print(f"return {evaluation.mean:.2f} ± {evaluation.std:.2f} over {len(evaluation.returns)} episodes")
         print("returns " + " ".join(f"{value:.2f}" for value in evaluation.returns), flush=True)
     try:
-        write_result(run, evaluation, frames, config.env.eval_background)
+        write_result(run, evaluation, frames, config.env.shown_in_evaluation)
     except OSError as error:
         # Another user's run can be evaluated, too.
         say(f"evaluation.json cannot be written ({error.strerror})")

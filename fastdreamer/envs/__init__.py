@@ -41,8 +41,8 @@ def make(
 ) -> Environments:
     """`config.envs` environments of `task`; environment i is seeded from `seed` and i, as `episode_seed` says.
 
-    Returns when every worker has built its share. `evaluation` has seeds that no training has, and plays
-    `eval_background` behind the frames instead of `background`. `gpu`: CUDA index of the device that trains, on which
+    Returns when every worker has built its share. `evaluation` has seeds that no training has, and an evaluation's
+    background behind the frames. `gpu`: CUDA index of the device that trains, on which
     frames are rendered where OpenGL has it. What environments print goes to the folder `logs`. Raises BadInput for an
     unknown task, an observation it lacks, an unsupported space, a missing extra or a missing OpenGL; Stopped as soon
     as `stopped` comes true.
@@ -57,7 +57,7 @@ def make(
     if not 0 <= seed < MAX_SEED:
         raise BadInput(f"--seed is {seed} and must be at least 0 and less than {MAX_SEED}.")
     option, folder = (
-        ("--eval-background", config.eval_background) if evaluation else ("--background", config.background)
+        ("--eval-background", config.shown_in_evaluation) if evaluation else ("--background", config.background)
     )
     videos = None
     if folder is not None:
@@ -94,21 +94,22 @@ def build(job: Job) -> BatchEnv:
         from fastdreamer.envs import dmc
 
         return dmc.build(name, config, seed, count, first_index, job.videos)
+    if family == "gym":
+        from fastdreamer.envs import gym
+
+        return gym.build(name, config, seed, count, first_index, job.videos)
     if family == "atari":
-        from fastdreamer.envs import atari
+        from fastdreamer.envs.atari import build
+    elif family == "envpool":
+        from fastdreamer.envs.envpool import build
+    else:
+        from fastdreamer.envs.synthetic import build
+    batch = build(name, config, seed, count, first_index)
+    if job.videos is None:
+        return batch
+    from fastdreamer.envs.background import Behind, load
 
-        return atari.build(name, config, seed, count, first_index)
-    if family == "envpool":
-        from fastdreamer.envs import envpool
-
-        return envpool.build(name, config, seed, count, first_index)
-    if family == "synthetic":
-        from fastdreamer.envs import synthetic
-
-        return synthetic.build(name, config, seed, count, first_index)
-    from fastdreamer.envs import gym
-
-    return gym.build(name, config, seed, count, first_index)
+    return Behind(batch, load(job.videos), seed, count, first_index, config.action_repeat)
 
 
 def worker_count(task: str, config: EnvConfig) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs import rendering
-from fastdreamer.envs.background import Videos
+from fastdreamer.envs.background import Backdrop, load
 from fastdreamer.envs.base import IMAGE_SIZE, Spaces, nearest, optional
 from fastdreamer.envs.dmc_task import EPISODE_STEPS, Actions, camera, vector
 from fastdreamer.envs.episodic import EpisodicBatch, Observation
@@ -19,7 +19,7 @@ from fastdreamer.envs.episodic import EpisodicBatch, Observation
 def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int, videos: str | None) -> EpisodicBatch:
     """As `dmc.build`. Raises BadInput for an unknown name, a missing package, and pixels where OpenGL is missing."""
     rendering.prepare_dm_control(config.obs != "vector", config.render == "fast")
-    shared = None if videos is None else Videos(videos)
+    shared = None if videos is None else load(videos)
     return EpisodicBatch(lambda _: DmControl(name, config, shared), seed, count, first_index)
 
 
@@ -29,7 +29,7 @@ class DmControl:
     But for `lqr`, whose random springs are drawn once: they are the same in every environment.
     """
 
-    def __init__(self, name: str, config: EnvConfig, videos: Videos | None) -> None:
+    def __init__(self, name: str, config: EnvConfig, videos: Backdrop | None) -> None:
         suite = _suite(f"dmc/{name}")
         known = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
         if name not in known:

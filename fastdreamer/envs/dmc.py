@@ -11,7 +11,7 @@ import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig
 from fastdreamer.envs import rendering
-from fastdreamer.envs.background import Playback, Videos
+from fastdreamer.envs.background import Playback, load
 from fastdreamer.envs.base import IMAGE_SIZE, BatchEnv, Spaces, Step, episode_seed, nearest, optional
 from fastdreamer.envs.dmc_task import Actions, camera, vector
 
@@ -118,7 +118,7 @@ class EnvPoolDmc:
         self._entries = set(self._pool.observation_space.spaces) - _FOREIGN.get(name, set())
         self._all = np.arange(count, dtype=np.int32)
         self._over = np.zeros(count, bool)
-        self._videos = None if videos is None else Videos(videos)
+        self._videos = None if videos is None else load(videos)
         self._seed, self._first_index = seed, first_index
         self._episode = [0] * count
         self._playing: list[Playback] = []

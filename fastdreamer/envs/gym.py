@@ -11,8 +11,9 @@ import numpy as np
 
 from fastdreamer.config import BadInput, EnvConfig, constructor_arguments
 from fastdreamer.envs.adapt import SpaceAdapter
+from fastdreamer.envs.background import BehindOne, load
 from fastdreamer.envs.base import MEND, Fault, NotFinite, Spaces, nearest, optional
-from fastdreamer.envs.episodic import EpisodicBatch, Observation
+from fastdreamer.envs.episodic import EpisodicBatch, Observation, SingleEnv
 
 
 def ids() -> list[str]:
@@ -20,8 +21,13 @@ def ids() -> list[str]:
     return sorted(optional("gymnasium", "gym/...").envs.registration.registry)
 
 
-def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int) -> EpisodicBatch:
-    """`count` environments `gym/<name>`. Raises BadInput for an unknown module or Id and an unsupported space."""
+def build(
+    name: str, config: EnvConfig, seed: int, count: int, first_index: int, videos: str | None = None
+) -> EpisodicBatch:
+    """`count` environments `gym/<name>`; `videos`: what `background.prepare` returned.
+
+    Raises BadInput for an unknown module or Id and an unsupported space.
+    """
     task, arguments = f"gym/{name}", constructor_arguments(config.env_args)
     gymnasium = optional("gymnasium", task)
     module, _, identity = name.rpartition(":")
@@ -36,7 +42,9 @@ def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int)
                 "packages; run where it lies, or install it."
             ) from None
 
-    def make(index: int) -> GymEnv:
+    backdrop = None if videos is None else load(videos)
+
+    def make(index: int) -> SingleEnv:
         try:
             env = gymnasium.make(identity, disable_env_checker=True, **arguments)
         except (gymnasium.error.UnregisteredEnv, gymnasium.error.DeprecatedEnv):
@@ -63,7 +71,7 @@ def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int)
             stack.callback(env.close)
             served = GymEnv(env, task, config, index)
             stack.pop_all()
-        return served
+        return served if backdrop is None else BehindOne(served, backdrop, config.action_repeat)
 
     return EpisodicBatch(make, seed, count, first_index)
 

@@ -152,7 +152,7 @@ def teller(say: Callable[[str], None], episodes: int) -> Callable[[list[float]],
 
 def write_result(run: Path, evaluation: Evaluation, frames: int, background: str | None) -> None:
     """Writes `evaluation.json` into the run's folder: mean, standard deviation and every return, after how many frames
-    of training, and the folder of videos that played. Raises OSError."""
+    of training, and what played behind the frames. Raises OSError."""
     result = {"frames": frames, "background": background, **evaluation.result()}
     write_whole(run / "evaluation.json", (json.dumps(result) + "\n").encode())
 
@@ -174,7 +174,7 @@ def record(
     pictures = []
     # The run goes on without a picture that finds no room.
     try:
-        write_result(folder, evaluation, frames, agent.config.env.eval_background)
+        write_result(folder, evaluation, frames, agent.config.env.shown_in_evaluation)
         pictures.append(learning_curve(read_run(folder)))
         if dreamt is not None:
             true, imagined, context = dreamt

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from fastdreamer.config import RECORD_FORMAT, BadInput, Config, defaults, load_config, read_record
+from fastdreamer.config import NOISE, RECORD_FORMAT, BadInput, Config, defaults, load_config, read_record
 
 METRICS = "metrics.jsonl"
 PRINTED = "environments"
@@ -276,7 +276,7 @@ class Run:
         parts = [
             f"{config.objective} {config.size}",
             self.variant,
-            "natural background" if config.env.background else "",
+            {None: "", NOISE: "noise background"}.get(config.env.background, "natural background"),
         ]
         if config.env.obs != "pixels":
             parts.append(f"obs={config.env.obs}")

@@ -4,7 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -65,19 +65,22 @@ def test_every_option_has_its_place_in_the_table() -> None:
 
 def test_the_table_of_options_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = defaults("dmc")
+    config = replace(config, env=replace(config.env, background="videos", eval_background="others"))
     started = new_run(tmp_path, config.task, asdict(config))
     before = (started / "config.yaml").read_text()
     for name, value in options(config).items():
         given = arguments(name, value)
         if name in FREE_ON_RESUME:
-            more = ["--eval-background", "videos"] if name == "background" else []
-            command, _ = parse_command(["--resume", str(started), *given, *more], cuda=False)
+            command, _ = parse_command(["--resume", str(started), *given], cuda=False)
             assert options(command.config)[name] != value
         else:
             assert train.main(["--resume", str(started), *given]) == 2
             error = capsys.readouterr().err
             assert error.startswith(f"error: {given[0]} cannot change in a resumed run"), error
             assert error.count("\n") == 1
+    for other in ("noise", "None"):
+        assert train.main(["--resume", str(started), "--background", other, "--eval-background", other]) == 2
+        assert "error: --background cannot become" in capsys.readouterr().err
     assert (started / "config.yaml").read_text() == before
 
 

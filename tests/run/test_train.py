@@ -404,7 +404,7 @@ def test_killed_at_any_moment_it_resumes(kills: int, tmp_path: Path) -> None:
         (["--preset", "general"], r"--preset general has no task"),
         (["--backend", "dm_control"], r"--backend dm_control is for dmc/ tasks"),
         (["--render", "fast"], r"--render fast is for dmc/ tasks"),
-        (["--background", "videos"], r"--background needs frames of a dmc/ task"),
+        (["--background", "videos"], r"--background videos: videos are for dmc/ tasks"),
         (["--preset", "dmc", "--background", "videos"], r"--background needs --eval-background"),
         (["--preset", "dmc", "--background", "none", "--eval-background", "nil"], r"none"),
         (["--batch-length", "1"], r"--batch-length is 1"),
