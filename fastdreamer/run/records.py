@@ -32,6 +32,8 @@ PRINTED = "environments"
 """Folder of what environments print, a bounded file for each worker that does; those of evaluations below it."""
 RECORDED_VERSIONS = ("torch", "triton", "numpy", "envpool", "mujoco", "dm_control", "gymnasium")
 RECENT_EPISODES = 10
+NATURAL, NOISE = "natural background", "noise background"
+"""Backgrounds of runs: videos, and textures that the program makes itself. Their scores are of different settings."""
 COUNTERS = ("frames", "updates", "seconds")
 """Tags of a line of metrics without which, or with another value than a number, it counts as damaged."""
 
@@ -270,13 +272,26 @@ class Run:
         return ", ".join(parts)
 
     @property
+    def background(self) -> str:
+        """What was put behind the frames: nothing (""), NATURAL, NOISE, or one thing to train and another to evaluate
+        on."""
+        env = self.config.env
+        trained, evaluated = (
+            "no" if shown is None else "noise" if shown == "noise" else "natural"
+            for shown in (env.background, env.eval_background or env.background)
+        )
+        if trained != evaluated:
+            return f"{trained} background, {evaluated} while evaluating"
+        return "" if trained == "no" else f"{trained} background"
+
+    @property
     def method(self) -> str:
         """Objective, size, and in what the run departs from the preset or has distractors."""
         config = self.config
         parts = [
             f"{config.objective} {config.size}",
             self.variant,
-            "natural background" if config.env.background else "",
+            self.background,
         ]
         if config.env.obs != "pixels":
             parts.append(f"obs={config.env.obs}")
