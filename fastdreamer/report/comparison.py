@@ -119,8 +119,8 @@ def _setting(name: str, runs: Sequence[Run], repeated: list[str]) -> Setting:
         seeds = groups.setdefault(method, {}).setdefault(task, {})
         if seed in seeds:
             repeated.append(
-                f"{method} has several runs of seed {seed} on {task}: of them the last one given counts below, for a "
-                "seed twice is one seed."
+                f"{method} has several runs of seed {seed} on {task}: of them the last one given counts in aggregates, "
+                "for a seed twice is one seed."
             )
         seeds[seed] = run
         printed = printed_of(run)
