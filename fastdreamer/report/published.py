@@ -4,10 +4,19 @@ import csv
 import re
 from importlib import resources
 
-from fastdreamer.run.records import Run
+import numpy as np
+
+from fastdreamer.run.records import NATURAL, Run
 
 BACKGROUND_TABLE, PLAIN_TABLE, ATARI_TABLE = "dmc20_natural_background_1m", "dmc20_no_distractors_1m", "atari100k"
-PRINTED = ("mudreamer", "dreamerv3")
+SEEDS_TABLE = "dreamerpro_seeds_1m"
+PRINTED = {
+    BACKGROUND_TABLE: ("tpc", "dreamerpro", "dreamerv3", "mudreamer"),
+    ATARI_TABLE: ("muzero", "efficientzero", "simple", "iris", "dreamerv3", "mudreamer"),
+}
+"""The tables' columns of methods; those of random policies and of humans are what scores are normalised by."""
+LOOKAHEAD = ("muzero", "efficientzero")
+"""They search ahead for each action, which the other methods don't."""
 PRINTED_AGGREGATES = ("Mean", "Median", "#Superhuman", "Human Mean", "Human Median")
 # Names that the published tables print otherwise than environments do; compared without case and punctuation.
 PRINTED_NAMES = {"ballincupcatch": "cupcatch", "choppercommand": "choppercom", "kungfumaster": "kungfumas"}
@@ -50,5 +59,30 @@ def human_normalised(score: float, printed: dict[str, str]) -> float:
 
 
 def printed_of(run: Run) -> dict[str, str] | None:
-    env = run.config.env
-    return printed_scores(run.config.task, background=env.background is not None, pixels=env.obs == "pixels")
+    """As `printed_scores`, for the task and the background of a run."""
+    if run.background not in ("", NATURAL):
+        return None
+    return printed_scores(run.config.task, background=run.background == NATURAL, pixels=run.config.env.obs == "pixels")
+
+
+def quoted(row: dict[str, str]) -> str:
+    """What a table's methods score in a row of `printed_scores`, as printed; a star behind those that search ahead."""
+    columns = next(columns for columns in PRINTED.values() if set(columns) <= set(row))
+    return ", ".join(f"{starred(name)} {row[name]}" for name in columns)
+
+
+def starred(name: str) -> str:
+    return f"{name}*" if name in LOOKAHEAD else name
+
+
+def seed_scores(setting: str) -> dict[str, dict[str, np.ndarray]]:
+    """What DreamerPro's repository records, by method and `dmc/` task: float64 (3,), an episode return a seed.
+
+    `setting` is "plain" or "background": the latter is before Kinetics videos of their own choice.
+    """
+    text = resources.files("fastdreamer.report").joinpath("printed", f"{SEEDS_TABLE}.csv").read_text(encoding="utf-8")
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in csv.DictReader(text.splitlines()):
+        if row["setting"] == setting:
+            found.setdefault(row["method"], {}).setdefault(f"dmc/{row['task']}", []).append(float(row["score"]))
+    return {method: {task: np.array(scores) for task, scores in tasks.items()} for method, tasks in found.items()}

@@ -61,9 +61,8 @@ def memory_taken(parts: Parts) -> dict[str, int]:
         lasting -= full if device.type == "cuda" else Replay.bytes(parts.envs.spaces, len(replay))
         taken["replay"] = full
     if device.type == "cpu":
-        # Memory that an update freed serves a checkpoint next, but not where it was kept in pieces.
-        writing = checkpoint.writing_bytes(full)
-        passing = passing + writing if parts.runtime.compile else max(passing, writing)
+        # What an update freed is often kept in pieces, which serve no checkpoint.
+        passing += checkpoint.writing_bytes(full)
     # Weights and replay are part of what lasts; gradients and moments are made with the optimisers.
     return taken | {"libraries and the rest": lasting - state, "an update or a checkpoint": passing}
 

@@ -32,6 +32,8 @@ PRINTED = "environments"
 """Folder of what environments print, a bounded file for each worker that does; those of evaluations below it."""
 RECORDED_VERSIONS = ("torch", "triton", "numpy", "envpool", "mujoco", "dm_control", "gymnasium")
 RECENT_EPISODES = 10
+NATURAL = "natural background"
+"""What runs are called whose background is videos, in training and evaluation alike."""
 COUNTERS = ("frames", "updates", "seconds")
 """Tags of a line of metrics without which, or with another value than a number, it counts as damaged."""
 
@@ -270,13 +272,26 @@ class Run:
         return ", ".join(parts)
 
     @property
+    def background(self) -> str:
+        """What was put behind the frames: nothing (""), NATURAL, NOISE, or one thing to train and another to evaluate
+        on."""
+        env = self.config.env
+        trained, evaluated = (
+            "no" if shown is None else NOISE if shown == NOISE else "natural"
+            for shown in (env.background, env.shown_in_evaluation)
+        )
+        if trained != evaluated:
+            return f"{trained} background, {evaluated} while evaluating"
+        return "" if trained == "no" else f"{trained} background"
+
+    @property
     def method(self) -> str:
         """Objective, size, and in what the run departs from the preset or has distractors."""
         config = self.config
         parts = [
             f"{config.objective} {config.size}",
             self.variant,
-            {None: "", NOISE: "noise background"}.get(config.env.background, "natural background"),
+            self.background,
         ]
         if config.env.obs != "pixels":
             parts.append(f"obs={config.env.obs}")

@@ -11,11 +11,17 @@ from PIL import Image
 
 from fastdreamer.config import BadInput, defaults
 from fastdreamer.report import __main__ as report
-from fastdreamer.report import published
+from fastdreamer.report import figures, published
+from fastdreamer.report.comparison import Table
 from fastdreamer.run import pictures
-from fastdreamer.run.records import METRICS, Series, read_run
+from fastdreamer.run.records import METRICS, Run, Series, read_run
 
 BACKGROUND = {"background": "train", "eval_background": "test"}
+OVER_TWO = "dmc/, natural background: over 2 tasks of the published table"
+PAIRS = "Pairs of methods, over the tasks that both have"
+WHOLE = "Published, natural backgrounds: 1M frames, 3 seeds, all 20 tasks, as printed (from its rows)"
+DMC = published.BACKGROUND_TABLE
+SEEDED = ("cheetah_run", "ball_in_cup_catch", "finger_spin", "reacher_easy", "walker_run")
 SUITE = """acrobot_swingup cartpole_balance cartpole_balance_sparse cartpole_swingup cartpole_swingup_sparse cheetah_run
     ball_in_cup_catch finger_spin finger_turn_easy finger_turn_hard hopper_hop hopper_stand pendulum_swingup
     quadruped_run quadruped_walk reacher_easy reacher_hard walker_run walker_stand walker_walk"""
@@ -51,8 +57,19 @@ def make_run(
 
 
 def cells(runs: list[Path]) -> tuple[list[dict[str, str]], str]:
-    header, rows, notes = report.summary([read_run(run) for run in runs])
-    return [dict(zip(header, row, strict=True)) for row in rows], "\n".join(notes)
+    (table, *_), notes = report.summary([read_run(run) for run in runs])
+    return entries(table), "\n".join(notes)
+
+
+def entries(table: Table) -> list[dict[str, str]]:
+    return [dict(zip(table.header, row, strict=True)) for row in table.rows]
+
+
+def statistics_of(runs: list[Path]) -> tuple[dict[str, list[dict[str, str]]], str]:
+    """The tables below that of runs, by title, and the notes."""
+    (_, *tables), notes = report.summary([read_run(run) for run in runs])
+    assert len({table.title for table in tables}) == len(tables)
+    return {table.title: entries(table) for table in tables}, "\n".join(notes)
 
 
 def test_a_row_says_what_the_run_recorded(tmp_path):
@@ -85,32 +102,225 @@ def test_background_scores_stand_beside_runs_with_a_background_only(tmp_path):
     ]
     rows, notes = cells(runs)
     assert [row["published"] for row in rows] == [
-        "mudreamer 759.0, dreamerv3 164.7",
-        "mudreamer 904.5, dreamerv3 27.9",
+        "tpc 428.3, dreamerpro 736.1, dreamerv3 164.7, mudreamer 759.0",
+        "tpc 451.5, dreamerpro 437.5, dreamerv3 27.9, mudreamer 904.5",
         "-",
         "-",
     ]
-    assert "as printed: mudreamer 517.0 / 620.0 (from its rows 517.0 / 625.5), dreamerv3 83.6 / 57.1" in notes
-    assert "over these 2 tasks, computed here: mudreamer S, natural background 400.0 / 400.0; " in notes
-    assert f"mudreamer, published rows {(759.0 + 904.5) / 2:.1f}" in notes
     assert "aggregates over 20 tasks" in notes
     assert "mudreamer 784.7 / 849.6" in notes
+    tables, _ = statistics_of(runs)
+    assert list(tables) == [OVER_TWO, PAIRS, WHOLE]
+    mine, *published_rows = tables[OVER_TWO]
+    assert (mine["method"], mine["runs"], mine["mean"]) == ("mudreamer S, natural background", "2", "400.0")
+    assert [row["method"] for row in published_rows] == [f"{name}, published" for name in published.PRINTED[DMC]]
+    assert published_rows[-1]["mean"] == f"{(759.0 + 904.5) / 2:.1f}"
+    assert tables[WHOLE][-1] == {"method": "mudreamer", "mean": "517.0 (517.0)", "median": "620.0 (625.5)"}
     # Nothing was published for states.
-    assert "published:" not in cells(runs[3:])[1]
+    assert statistics_of(runs[3:])[0] == {}
     assert "aggregates over 20 tasks" not in cells(runs[3:])[1]
 
 
 def test_atari_scores_are_human_normalised(tmp_path):
     runs = [
         make_run(tmp_path, "atari/pong", 0, [1.0], evaluation=-3.0),
-        make_run(tmp_path, "atari/kung_fu_master", 0, [1.0], evaluation=22736.0),
+        make_run(tmp_path, "atari/kung_fu_master", 0, [1.0], evaluation=22737.0),
     ]
     rows, notes = cells(runs)
-    # Half of the way from -21 to 15; exactly the human's.
+    # Half of the way from -21 to 15; a point above the human's.
     assert [row["human-norm."] for row in rows] == ["50%", "100%"]
-    assert rows[0]["published"] == "mudreamer 18, dreamerv3 18"
-    assert "mudreamer 126% / 43% (from its rows 126% / 34%), dreamerv3 112% / 49%" in notes
-    assert "computed here: mudreamer S 75% / 75% (0 above human)" in notes
+    assert rows[0]["published"] == "muzero* -7, efficientzero* 21, simple 13, iris 15, dreamerv3 18, mudreamer 18"
+    assert "* searches ahead for each action (lookahead)" in notes
+    tables, _ = statistics_of(runs)
+    over, _, whole = tables.values()
+    assert (over[0]["method"], over[0]["mean"], over[0]["above human"]) == ("mudreamer S", "75%", "1 of 2")
+    assert over[0]["optimality gap"] == "25%"
+    assert len(over) == len(whole) + 1 == 7
+    assert whole[1]["method"] == "efficientzero*"
+    assert whole[1]["#Superhuman"] == "13 (14)"
+    assert whole[-1] == {
+        "method": "mudreamer", "mean": "126% (126%)", "median": "43% (34%)", "#Superhuman": "11 (11)"
+    }  # fmt: skip
+
+
+def test_three_seeds_get_intervals_and_one_gets_none(tmp_path):
+    scores = {"walker_run": (100.0, 200.0, 600.0), "cheetah_run": (300.0, 400.0, 500.0)}
+    runs = [
+        make_run(tmp_path, f"dmc/{task}", seed, [1.0], evaluation=score, env=BACKGROUND)
+        for task, seeds in scores.items()
+        for seed, score in enumerate(seeds)
+    ]
+    runs += [
+        make_run(tmp_path, f"dmc/{task}", 0, [1.0], evaluation=50.0, env=BACKGROUND, model={"action_head": False})
+        for task in scores
+    ]
+    tables, notes = statistics_of(runs)
+    assert list(tables) == [OVER_TWO, OVER_TWO.replace("the published table", "DreamerPro's seeds"), PAIRS, WHOLE]
+    three, one, *means = tables[OVER_TWO]
+    assert three["runs"] == "6"
+    # Of six runs one is cut at each end.
+    assert three["IQM"].startswith("350.0 (")
+    assert three["mean"].startswith("350.0 (")
+    assert three["optimality gap"].startswith("650.0 (")
+    assert (one["IQM"], one["mean"], one["optimality gap"]) == ("50.0", "50.0", "950.0")
+    assert "No interval where a task has under 3 seeds" in notes
+    assert f"fewest seeds of a task: {one['method']} (dmc/, natural background: 1)." in notes
+    for row in means:
+        assert row["IQM"].endswith(" of task means")
+        assert "(" not in "".join(row.values())
+    for row in list(tables.values())[1][2:]:
+        assert row["method"].endswith(", DreamerPro's seeds, its own videos")
+        assert all("(" in row[column] for column in ("IQM", "mean", "median", "optimality gap"))
+    pairs = {(row["method"], row["over"]): row for row in tables[PAIRS]}
+    better = pairs[three["method"], one["method"]]
+    assert (better["probability of improvement"], better["tasks won"]) == ("1.00", "-")
+    ours = pairs[three["method"], "tpc, DreamerPro's seeds, its own videos"]
+    assert ours["probability of improvement"].startswith(f"{(6 / 9 + 4 / 9) / 2:.2f} (")
+    printed = pairs[three["method"], "tpc, published"]
+    # 300 against 137.9, but 400 against 440.8.
+    assert (printed["tasks"], printed["probability of improvement"], printed["tasks won"]) == ("2", "-", "1")
+    assert statistics_of(runs) == (tables, notes)
+
+
+def test_only_tasks_that_both_have_are_compared(tmp_path):
+    runs = [
+        make_run(tmp_path, f"dmc/{task}", 0, [1.0], evaluation=score, env=BACKGROUND)
+        for task, score in (("walker_walk", 100.0), ("hopper_hop", 200.0), ("fish_swim", 900.0))
+    ]
+    tables, _ = statistics_of(runs)
+    titles = list(tables)
+    assert titles == ["dmc/, natural background: over 3 tasks", OVER_TWO, PAIRS, WHOLE]
+    assert [(row["mean"], len(tables[title])) for title in titles[:2] for row in tables[title][:1]] == [
+        ("400.0", 1),
+        ("150.0", 5),
+    ]
+    assert {row["tasks"] for row in tables[PAIRS]} == {"2"}
+
+
+def test_plain_runs_stand_beside_plain_seeds(tmp_path):
+    runs = [make_run(tmp_path, "dmc/walker_run", s, [1.0], evaluation=800.0) for s in range(3)]
+    tables, notes = statistics_of(runs)
+    assert list(tables) == ["dmc/: over walker_run of DreamerPro's seeds", PAIRS]
+    assert [row["method"] for row in tables[PAIRS]] == ["mudreamer S"] * 3
+    assert tables[PAIRS][0]["probability of improvement"].startswith(f"{2 / 3:.2f} (")
+    assert "videos" not in notes
+
+
+def with_background(run: Run, trained: str | None, evaluated: str | None) -> Run:
+    env = dataclasses.replace(run.config.env, background=trained, eval_background=evaluated)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, env=env))
+
+
+def test_noise_backgrounds_stand_beside_nothing_published(tmp_path):
+    """Neither scores before videos nor those without distractors are of their kind."""
+    runs = [
+        read_run(make_run(tmp_path, f"dmc/{task}", s, [1.0], evaluation=500.0))
+        for task in ("walker_run", "walker_walk")
+        for s in range(3)
+    ]
+    noisy = [with_background(run, "noise", "noise") for run in runs]
+    (table, *tables), notes = report.summary(noisy)
+    assert {row["published"] for row in entries(table)} == {"-"}
+    assert {row["method"] for row in entries(table)} == {"mudreamer S, noise background"}
+    assert [(table.title, len(table.rows)) for table in tables] == [("dmc/, noise background: over 2 tasks", 1)]
+    assert "published" not in "".join(notes)
+    # Beside others they change nothing of theirs.
+    (_, *mixed), _ = report.summary([*runs, *noisy])
+    (_, *alone), _ = report.summary(runs)
+    assert [table for table in mixed if "noise" not in table.title] == alone
+    assert published.printed_of(with_background(noisy[0], "folder", "other")) is not None
+    for trained, evaluated, name in (
+        (None, None, ""),
+        ("noise", None, "noise background"),
+        ("folder", "other", "natural background"),
+        ("folder", "noise", "natural background, noise while evaluating"),
+        (None, "other", "no background, natural while evaluating"),
+    ):
+        run = with_background(runs[0], trained, evaluated)
+        assert run.background == name
+        assert run.method == ", ".join(part for part in ("mudreamer S", name) if part)
+        assert (published.printed_of(run) is not None) == (name == "natural background")
+
+
+def test_a_seed_given_twice_is_one_seed(tmp_path):
+    runs = [make_run(tmp_path, "dmc/walker_run", s, [1.0], evaluation=e) for s, e in ((0, 1), (1, 2), (0, 3), (2, 4))]
+    tables, notes = statistics_of(runs)
+    row = next(iter(tables.values()))[0]
+    assert (row["runs"], row["mean"].partition(" ")[0]) == ("3", "3.0")
+    assert "several runs of seed 0 on dmc/walker_run: of them the last one given counts" in notes
+    assert statistics_of(runs[:3])[0] == {}
+
+
+def test_runs_of_other_lengths_are_other_methods(tmp_path):
+    runs = [read_run(make_run(tmp_path, "dmc/walker_run", s, [1.0], evaluation=1.0)) for s in range(6)]
+    runs[3:] = [
+        dataclasses.replace(
+            run, config=dataclasses.replace(run.config, run=dataclasses.replace(run.config.run, frames=7000))
+        )
+        for run in runs[3:]
+    ]
+    (_, table, *_), _ = report.summary(runs)
+    assert [row["method"] for row in entries(table)[:2]] == [
+        "mudreamer S, 1,000,000 frames",
+        "mudreamer S, 7,000 frames",
+    ]
+
+
+def test_seeds_are_as_recorded():
+    for setting, tasks in (("plain", "cartpole_swingup_sparse"), ("background", "cartpole_swingup")):
+        found = published.seed_scores(setting)
+        assert list(found) == ["dreamerpro", "tpc", "dreamerv2"]
+        for scores in found.values():
+            assert list(scores) == [f"dmc/{task}" for task in (tasks, *SEEDED)]
+            assert all(each.shape == (3,) for each in scores.values())
+    assert found["dreamerv2"]["dmc/walker_run"].tolist() == [29.0, 38.7, 36.3]
+    assert published.seed_scores("plain")["tpc"]["dmc/reacher_easy"].tolist() == [285.4, 736.7, 486.5]
+
+
+def test_probes_get_columns_and_a_damaged_one_a_sentence(tmp_path):
+    runs = [make_run(tmp_path, "dmc/walker_run", s, [1.0], evaluation=1.0) for s in range(4)]
+    assert not any(column.startswith("R2") for column in cells(runs)[0][0])
+    qpos, qvel = {"r2": 0.9, "chosen": 10}, {"r2": "nan"}
+    probed = {"s": {"qpos": qpos, "qvel": qvel, "contact": {}}, "h": {"background": {"r2": 0.5}}}
+    (runs[0] / report.PROBE).write_text(json.dumps({"seed": 0, "features": probed}))
+    (runs[1] / report.PROBE).write_text(json.dumps({"features": {"s": {"qpos": {"r2": 0.7}, "background": {}}}}))
+    (runs[2] / report.PROBE).write_text("{}")
+    rows, notes = cells(runs)
+    assert [row["R2 qpos"] for row in rows] == ["0.90", "0.70", "-", "-", f"0.80 ± {0.2 / 2**0.5:.2f}"]
+    assert {row["R2 qvel"] for row in rows} == {"-"}
+    assert "R2 background" not in rows[0]
+    assert "linear probe" in notes
+    for damage in (b"", b"[1]", b"\xff", b'{"features": 3}', b'{"features": {"s": {"qpos": {"r2": "x"}}}}',
+                   b'{"features": {"s": {"qpos": 1}}}', b'{"features": {"s": {"qpos": {"r2": [1]}}}}'):  # fmt: skip
+        (runs[1] / report.PROBE).write_bytes(damage)
+        rows, notes = cells(runs)
+        assert [row["R2 qpos"] for row in rows] == ["0.90", "-", "-", "-", "0.90"]
+        path = runs[1] / report.PROBE
+        assert f"{path} cannot be read (it is no result of a probe): write it again by python -m fastdreamer" in notes
+
+
+def test_profiles_draw_a_line_and_its_band(tmp_path):
+    runs = [
+        read_run(make_run(tmp_path, task, s, [1.0], evaluation=score * (s + 1)))
+        for task, score in (("dmc/walker_run", 200.0), ("atari/pong", 3.0))
+        for s in range(3)
+    ]
+    out = tmp_path / "profiles.png"
+
+    def coloured(runs: list[Run]) -> float:
+        picture = np.asarray(Image.open(figures.profiles(runs, out)).convert("RGB")).astype(int)
+        return float((picture.max(-1) - picture.min(-1) > 20).mean())
+
+    lines = coloured(runs[::3])
+    assert coloured(runs) > 3 * lines > 0
+
+
+def test_profiles_need_a_scale(tmp_path, capsys):
+    run = make_run(tmp_path, "envpool/Catch-v0", 0, [1.0] * 3)
+    assert report.main([str(run), "--profile", str(tmp_path / "profiles.png")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --profile needs scores with a scale")
+    assert error.count("\n") == 1
 
 
 def test_every_printed_task_is_found_by_the_name_users_give():
@@ -157,12 +367,12 @@ def test_tables_are_plain_csv():
 def test_main_prints_redraws_and_combines(tmp_path, capsys):
     runs = [make_run(tmp_path, "dmc/walker_walk", s, [1.0 * s] * 30, env=BACKGROUND) for s in (1, 2)]
     runs.append(make_run(tmp_path, "dmc/hopper_hop", 0, []))
-    out = tmp_path / "all.png"
-    assert report.main([*map(str, runs), "--plot", str(out)]) == 0
+    out, profiles = tmp_path / "all.png", tmp_path / "profiles.png"
+    assert report.main([*map(str, runs), "--plot", str(out), "--profile", str(profiles)]) == 0
     printed = capsys.readouterr().out
     assert "mean ± std of 2" in printed
     assert "1.50 ± 0.71" in printed
-    for picture in (out, *(run / "learning_curve.png" for run in runs)):
+    for picture in (out, profiles, *(run / "learning_curve.png" for run in runs)):
         assert np.asarray(Image.open(picture).convert("L")).std() > 5
 
 
@@ -181,9 +391,9 @@ def test_learning_curve_draws_what_was_recorded(tmp_path):
     assert share(full, pictures.BLUE) > 2 * share(empty, pictures.BLUE) > 0  # the loss is drawn in both
 
 
-@pytest.mark.parametrize("kind", ["missing", "no metrics", "empty", "broken config", "plot"])
+@pytest.mark.parametrize("kind", ["missing", "no metrics", "empty", "broken config", "plot", "profile"])
 def test_bad_runs_are_one_sentence_and_code_2(tmp_path, capsys, kind):
-    run = make_run(tmp_path, "envpool/Catch-v0", 0, [1.0] * 12)
+    run = make_run(tmp_path, "dmc/walker_run", 0, [1.0] * 12)
     options = []
     if kind == "missing":
         run = tmp_path / "nowhere"
@@ -194,12 +404,13 @@ def test_bad_runs_are_one_sentence_and_code_2(tmp_path, capsys, kind):
     elif kind == "broken config":
         (run / "config.yaml").write_text("config: [")
     else:
-        options = ["--plot", str(tmp_path / "no" / "folder.png")]
+        options = [f"--{kind}", str(tmp_path / "no" / "folder.png")]
     assert report.main([str(run), *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert "Traceback" not in error
-    assert str(run if kind != "plot" else options[1]) in error
+    assert str(options[1] if options else run) in error
+    assert not options or f"by {options[0]}." in error
 
 
 def test_dream_marks_context_from_imagination(tmp_path):

@@ -191,7 +191,7 @@ print("peak", peak_memory(torch.device("cpu")))
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
 def test_dry_run_predicts_peak_memory(compile: str, tmp_path: Path) -> None:
-    """Within a tenth, with a replay that the run fills."""
+    """With a replay that the run fills: a tenth below at the most, or a quarter above, where freed memory serves again."""
     arguments = [*DEMO, compile, "--batch-size", "16", "--batch-length", "16", "--replay-capacity", "20000"]
     arguments += ["--prefill", "19500", "--frames", "20500", "--envs", "32", "--log-every", "100000"]
     command = [sys.executable, "-c", PEAK, *arguments, "--logdir", str(tmp_path)]
@@ -201,7 +201,7 @@ def test_dry_run_predicts_peak_memory(compile: str, tmp_path: Path) -> None:
     ]
     (predicted,) = re.findall(r"together (\d+\.\d+) GB at the most", outs[0])
     (peak,) = re.findall(r"^peak (\d+)", outs[1], re.MULTILINE)
-    assert float(predicted) == pytest.approx(int(peak) / 1e9, rel=0.1)
+    assert 0.9 < float(predicted) / (int(peak) / 1e9) < 1.25
 
 
 @pytest.mark.parametrize("weights", [False, True], ids=["loss", "weights"])
