@@ -17,7 +17,7 @@ TIERS = (
     {"envs"},
     {"replay", "algorithm", "runtime"},
     {"run"},
-    {"report"},
+    {"report", "probe"},
     {"train", "evaluate"},
 )
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}

@@ -15,6 +15,11 @@ from fastdreamer.envs.base import IMAGE_SIZE, Spaces, nearest, optional
 from fastdreamer.envs.dmc_task import EPISODE_STEPS, Actions, camera, vector
 from fastdreamer.envs.episodic import EpisodicBatch, Observation
 
+_FREE, _, _SLIDE, _HINGE = range(4)
+"""MuJoCo's kinds of joints (`mjtJoint`); the second is a ball."""
+_FOLLOWED = ("walker", "cheetah", "hopper")
+"""Domains whose camera follows the joint `rootx`."""
+
 
 def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int, videos: str | None) -> EpisodicBatch:
     """As `dmc.build`. Raises BadInput for an unknown name, a missing package, and pixels where OpenGL is missing."""
@@ -34,8 +39,8 @@ class DmControl:
         known = {f"{domain}_{task}": (domain, task) for domain, task in suite.ALL_TASKS}
         if name not in known:
             raise BadInput(f"--task dmc/{name} is not a DeepMind Control task{nearest(name, known, 'dmc/')}.")
-        domain, task = known[name]
-        self._env: Any = suite.load(domain, task, task_kwargs={"random": 0})
+        self._domain, task = known[name]
+        self._env: Any = suite.load(self._domain, task, task_kwargs={"random": 0})
         self._pixels, self._vector = config.obs != "vector", config.obs != "pixels"
         if self._pixels and config.render == "fast":
             rendering.simplify(self._env.physics.model)
@@ -77,6 +82,37 @@ class DmControl:
                 break
         image, state = self._observe() if render else (None, None)
         return image, state, reward, last, terminal
+
+    def truth(self) -> dict[str, np.ndarray]:
+        """What holds in the state that was shown last, float32, for probes of what an agent knows of it.
+
+        `qpos`: positions of joints in metres, hinges as sine and cosine, rotations as the nine entries of their matrix
+        (an angle and a quaternion of either sign are the same picture); without what no frame shows, since the camera
+        follows: x of walker, cheetah and hopper, x and y of bodies that move freely. `qvel`: velocities of all degrees
+        of freedom, per second. `contact`, one for each body, the world first: 1 where a geometry of it touches another.
+        Flags and not forces: what MuJoCo holds of contacts belongs to this state, of forces to the substep before.
+        """
+        model, data = self._env.physics.model, self._env.physics.data
+        contact = np.zeros(model.nbody, np.float32)
+        contact[model.geom_bodyid[data.contact.geom[data.contact.dist <= 0]]] = 1
+        qpos = np.concatenate([self._joint(i) for i in range(model.njnt)])
+        return {"qpos": qpos.astype(np.float32), "qvel": data.qvel.astype(np.float32), "contact": contact}
+
+    def _joint(self, index: int) -> np.ndarray:
+        model, data = self._env.physics.model, self._env.physics.data
+        kind, start = model.jnt_type[index], model.jnt_qposadr[index]
+        if kind == _SLIDE:
+            followed = self._domain in _FOLLOWED and model.id2name(index, "joint") == "rootx"
+            return data.qpos[start : start + (not followed)]
+        if kind == _HINGE:
+            return np.array([np.sin(data.qpos[start]), np.cos(data.qpos[start])])
+        height = data.qpos[start + 2 : start + 3] if kind == _FREE else ()
+        w, x, y, z = data.qpos[start + (3 if kind == _FREE else 0) :][:4]
+        return np.array([
+            *height, 1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y), 2 * (x * y + w * z),
+            1 - 2 * (x * x + z * z), 2 * (y * z - w * x), 2 * (x * z - w * y), 2 * (y * z + w * x),
+            1 - 2 * (x * x + y * y),
+        ])  # fmt: skip
 
     def close(self) -> None:
         self._env.close()
