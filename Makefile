@@ -1,4 +1,4 @@
-# make setup | train | test | test-all | lint | bench | bench-gpu | bench-check. ARGS goes on to the trainer or to pytest; PYTHON=...
+# make setup | train | claim | test | test-all | lint | bench | bench-gpu | bench-check. ARGS goes on to the trainer or to pytest; PYTHON=...
 # names the interpreter to use.
 
 CANDIDATES := $(or $(PYTHON),python3 python3.11 python3.12 python3.13)
@@ -10,11 +10,22 @@ BENCHES := $(FIRST) $(filter-out $(FIRST),$(sort $(wildcard bench/test_*.py)))
 # torch, triton, numpy, pytest and pytest-benchmark are enough for it; nothing of ours has to be installed.
 GPU_PYTHON := $(or $(PYTHON),$(wildcard $(BIN)/python),python3)
 
-.PHONY: setup train test test-all lint bench bench-gpu bench-check
+.PHONY: setup train claim test test-all lint bench bench-gpu bench-check
 setup: $(STAMP)
 
 train: setup
 	$(BIN)/python -m fastdreamer.train --compile $(ARGS)
+
+# What MuDreamer is for, on two cores: it and DreamerV3 on Catch with moving textures behind it, each on a thread, some 25
+# minutes of processor time; then what their latents hold. A repeated command goes on; SEED=1 is another pair of runs.
+SEED ?= 0
+claim: setup
+	@printf '%s\n' mudreamer dreamerv3 | xargs -P 2 -I{} bash -o pipefail -c 'run=runs/claim/{}-$(SEED); \
+		how="--preset demo --background noise --frames 40000 --objective {} --seed $(SEED) --logdir runs/claim --name {}-$(SEED)"; \
+		if [ -e $$run/config.yaml ]; then how="--resume $$run"; fi; \
+		$(BIN)/python -m fastdreamer.train $$how --threads 1 $(ARGS) 2>&1 | sed -u "s/^/{}: /"'
+	$(BIN)/python -m fastdreamer.probe runs/claim/mudreamer-$(SEED) runs/claim/dreamerv3-$(SEED) --episodes 400 \
+		--picture runs/claim/distractors-$(SEED).png
 
 # On all cores: at most six minutes of processor time together.
 test: setup

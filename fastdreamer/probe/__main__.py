@@ -13,6 +13,7 @@ from fastdreamer import commandline
 from fastdreamer.config import MAX_SEED, BadInput, Config, check_background, load_config
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from fastdreamer.algorithm.agent import Agent
@@ -34,6 +35,8 @@ class Command:
     """Folder of videos played behind the frames, or `noise`, instead of the runs' own --eval-background."""
     eval_steps: int = 0
     """Decisions after which an episode is cut; 0 takes the longest of the runs' own --eval-steps."""
+    picture: str | None = None
+    """PNG file for what the decoders of all runs draw of one episode, below the true frames."""
     seed: int = 0
     """Of the episodes, of who is on which side of the split, and of all noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -93,6 +96,7 @@ def check(command: Command, configs: Sequence[Config]) -> list[str]:
 
 def run_command(command: Command) -> None:
     """Carries the command out. Raises BadInput."""
+    from fastdreamer.probe import picture
     from fastdreamer.probe.episodes import collect
     from fastdreamer.probe.linear import split_episodes
     from fastdreamer.run.evaluation import episode_limit, load_agent
@@ -121,15 +125,24 @@ def run_command(command: Command) -> None:
         raise BadInput(f"--what state needs a truth and --task {config.task} tells none: use --what rollout.")
     split = split_episodes(episodes.episode, episodes.source, command.seed)
     results = []
+    pictures: list[tuple[str, np.ndarray]] = []
     for run, (agent, frames) in zip(runs, loaded, strict=True):
         _say(f"probing {run}")
         result = {"task": config.task, "frames": frames, "background": config.env.shown_in_evaluation}
-        result |= probe_run(run, agent, episodes, split, words, command.seed, device)
+        found, drawn = probe_run(run, agent, episodes, split, words, command.seed, device)
+        result |= found
+        # The true frames are the same ones.
+        pictures += drawn[:1] if not pictures else []
+        pictures += [(f"{title}, {run.name}", each) for title, each in drawn[1:]]
         result |= {"episodes": _described(episodes, split, command.runs), "seed": command.seed}
         results.append(result)
         _write(run, result)
     for title, header, rows in tables(list(command.runs), results):
         _print(title, header, rows)
+    if command.picture is not None:
+        if len(pictures) < 2:
+            raise BadInput("--picture needs a run with images and a decoder, and none has one: leave it out.")
+        _say(f"picture: {picture.draw_frames(Path(command.picture), pictures)}")
 
 
 def _shown(config: Config, background: str | None) -> Config:
@@ -148,9 +161,9 @@ def probe_run(
     words: Sequence[str],
     seed: int,
     device: "torch.device",
-) -> dict[str, Any]:
-    """What `probe.json` holds of one run: `features`, `controls` and `rollout`, as far as asked for. Draws
-    `probe.png`. Raises BadInput where it cannot be written."""
+) -> tuple[dict[str, Any], list[tuple[str, "np.ndarray"]]]:
+    """What `probe.json` holds of one run: `features`, `controls` and `rollout`, as far as asked for; and what it draws,
+    as `picture.drawn` says. Draws `probe.png`. Raises BadInput where it cannot be written."""
     import numpy as np
 
     from fastdreamer.probe import linear, picture
@@ -164,6 +177,7 @@ def probe_run(
     features, truth = observed.features(real), episodes.truth
     found: dict[str, Any] = {}
     maps = {}
+    frames = picture.drawn(agent, observed, episodes, int(tested.argmax()))
     if "state" in words:
         probed = {name: linear.probe(values, truth, split) for name, values in features.items()}
         maps = probed["s"].maps
@@ -176,7 +190,6 @@ def probe_run(
         }
         bars = {FEATURES[name]: scores for name, scores in found["features"].items()}
         bars["s_t, untrained"] = found["controls"]["untrained"]["s"]
-        frames = picture.drawn(agent, observed, episodes, int(tested.argmax()))
         picture.draw(run / "probe.png", f"{run.name}, {agent.config.objective}", frames, bars)
     elif truth:
         maps = linear.probe(features["s"], truth, split).maps
@@ -184,7 +197,7 @@ def probe_run(
         # A background is not the model's to foresee.
         followed = {name: read for name, read in maps.items() if name != "background"}
         found["rollout"] = rollout(agent, observed, episodes, tested, followed, seed)
-    return found
+    return found, frames
 
 
 def tables(names: list[str], results: Sequence[dict[str, Any]]) -> list[Table]:

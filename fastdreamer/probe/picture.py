@@ -1,6 +1,7 @@
 """The picture of a probed run: what it saw, what its decoder draws from s_t, and what a line reads off the latents."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,6 +11,10 @@ from fastdreamer.probe.episodes import Episodes
 from fastdreamer.probe.linear import Scores
 from fastdreamer.probe.rollout import Observed
 from fastdreamer.run.pictures import COLOURS, GREY, clean, save
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import GridSpec
 
 FRAMES = 8
 METRICS = {"r2": "R2", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
@@ -46,14 +51,7 @@ def draw(path: Path, title: str, frames: list[tuple[str, np.ndarray]], features:
     figure = Figure(figsize=(8, 3.4 + 1.05 * len(frames)), layout="constrained")
     grid = figure.add_gridspec(len(frames) + 1, FRAMES, height_ratios=[1] * len(frames) + [3])
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    for row, (name, images) in enumerate(frames):
-        for column, image in enumerate(images):
-            axes = figure.add_subplot(grid[row, column])
-            axes.imshow(image)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if column == 0:
-                axes.set_title(name, loc="left", fontsize=9)
+    _rows(figure, grid, frames)
     axes = figure.add_subplot(grid[len(frames), :])
     clean(axes, "test episodes")
     told = {
@@ -72,3 +70,23 @@ def draw(path: Path, title: str, frames: list[tuple[str, np.ndarray]], features:
     if told:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(features), frameon=False, fontsize=9)
     return save(figure, path, "free space or give yourself rights on the run's folder")
+
+
+def draw_frames(path: Path, frames: list[tuple[str, np.ndarray]]) -> Path:
+    """Draws rows of frames uint8 (FRAMES, 64, 64, 3) by title. Raises BadInput where `path` cannot be written."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.25 * len(frames)), layout="constrained")
+    _rows(figure, figure.add_gridspec(len(frames), FRAMES), frames)
+    return save(figure, path, "name a .png file in a folder that is there by --picture")
+
+
+def _rows(figure: "Figure", grid: "GridSpec", frames: list[tuple[str, np.ndarray]]) -> None:
+    for row, (name, images) in enumerate(frames):
+        for column, image in enumerate(images):
+            axes = figure.add_subplot(grid[row, column])
+            axes.imshow(image)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            if column == 0:
+                axes.set_title(name, loc="left", fontsize=9)

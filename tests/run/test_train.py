@@ -191,7 +191,7 @@ print("peak", peak_memory(torch.device("cpu")))
 @pytest.mark.slow
 @pytest.mark.parametrize("compile", ["--compile", "--no-compile"])
 def test_dry_run_predicts_peak_memory(compile: str, tmp_path: Path) -> None:
-    """With a replay that the run fills: a tenth below at the most, or a quarter above, where freed memory serves again."""
+    """With a replay that the run fills: a tenth too little at the most, or a quarter too much."""
     arguments = [*DEMO, compile, "--batch-size", "16", "--batch-length", "16", "--replay-capacity", "20000"]
     arguments += ["--prefill", "19500", "--frames", "20500", "--envs", "32", "--log-every", "100000"]
     command = [sys.executable, "-c", PEAK, *arguments, "--logdir", str(tmp_path)]
