@@ -32,7 +32,7 @@ def make_config(objective: str = "mudreamer", **model: Any) -> Config:
     )
 
 
-def make_agent(config: Config | None = None, spaces: Spaces = VECTOR, kernels: str = "reference") -> Agent:
+def make_agent(config: Config | None = None, spaces: Spaces = VECTOR, kernels: ops.Choice = "reference") -> Agent:
     torch.manual_seed(0)
     return Agent(spaces, config or make_config(), ops.load(kernels))
 
@@ -488,7 +488,7 @@ def test_acting(spaces: Spaces) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.interpreter)])
-def test_dream_follows_the_actions_after_its_context(kernels: str) -> None:
+def test_dream_follows_the_actions_after_its_context(kernels: ops.Choice) -> None:
     agent = make_agent(make_config(decoder="detached"), PIXELS, kernels)
     batch, uniform = make_batch(PIXELS), torch.rand(B, T, 8)
     first = agent.world_model.dream(batch, uniform, 2)["image"]
