@@ -143,7 +143,8 @@ class WorldModel(nn.Module):
         states, _, _ = self.rssm.observe(
             embed, batch["action"][:, :context], batch["is_first"][:, :context], uniform[:, :context], batch_stats=False
         )
-        state = State(states.deter[:, -1], states.stoch[:, -1])
+        # One step of each sequence, and kernels take whole tensors.
+        state = State(states.deter[:, -1].contiguous(), states.stoch[:, -1].contiguous())
         features = [states.features()]
         for t in range(context, uniform.shape[1]):
             state = self.rssm.imagine_step(state, batch["action"][:, t], uniform[:, t])

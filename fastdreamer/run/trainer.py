@@ -129,7 +129,8 @@ class Trainer:
         if not np.isfinite(action).all():
             raise NonFinite(self.learner.updates, "the policy's action", float("nan"))
         self.envs.send(action)
-        self.replay.add(rows)
+        # Copies from the device to a ring in host memory would wait for all updates that were issued.
+        self.replay.add(self.acting.staged if self.replay.device.type == "cpu" else rows)
         self.acting.refresh()
 
     def _receive(self) -> None:

@@ -21,6 +21,8 @@ class Stager:
 
     def __init__(self, device: torch.device):
         self.device = device
+        self.staged: Rows = {}
+        """The last rows in host memory, until the next call."""
         self._pinned: dict[str, Tensor] = {}
         self._rows: Rows = {}
         self._copied: torch.cuda.Event | None = None
@@ -32,7 +34,8 @@ class Stager:
         """
         arrays = {name: torch.from_numpy(array) for name, array in vars(step).items() if array is not None}
         if self.device.type != "cuda":
-            return {name: array.clone() for name, array in arrays.items()}
+            self.staged = {name: array.clone() for name, array in arrays.items()}
+            return self.staged
         if self._copied is not None:
             self._copied.synchronize()
         for name, array in arrays.items():
@@ -43,6 +46,7 @@ class Stager:
             self._rows[name].copy_(self._pinned[name], non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()
+        self.staged = self._pinned
         return self._rows
 
 
@@ -97,6 +101,11 @@ class Acting:
             # Whoever stores the rows does so after they have come, and before the next ones do (`refresh`).
             torch.cuda.current_stream().wait_stream(self._stream)
         return rows
+
+    @property
+    def staged(self) -> Rows:
+        """The row that was last decided on, in host memory, until the next one."""
+        return self._stage.staged
 
     def actions(self) -> np.ndarray:
         """The decisions (N, A), on the host."""

@@ -32,9 +32,9 @@ def make_config(objective: str = "mudreamer", **model: Any) -> Config:
     )
 
 
-def make_agent(config: Config | None = None, spaces: Spaces = VECTOR) -> Agent:
+def make_agent(config: Config | None = None, spaces: Spaces = VECTOR, kernels: ops.Choice = "reference") -> Agent:
     torch.manual_seed(0)
-    return Agent(spaces, config or make_config(), ops.load("reference"))
+    return Agent(spaces, config or make_config(), ops.load(kernels))
 
 
 def make_batch(spaces: Spaces = VECTOR, b: int = B, t: int = T, seed: int = 1) -> dict[str, Tensor]:
@@ -487,8 +487,9 @@ def test_acting(spaces: Spaces) -> None:
     torch.testing.assert_close(out, again)
 
 
-def test_dream_follows_the_actions_after_its_context() -> None:
-    agent = make_agent(make_config(decoder="detached"), PIXELS)
+@pytest.mark.parametrize("kernels", ["reference", pytest.param("fused", marks=pytest.mark.interpreter)])
+def test_dream_follows_the_actions_after_its_context(kernels: ops.Choice) -> None:
+    agent = make_agent(make_config(decoder="detached"), PIXELS, kernels)
     batch, uniform = make_batch(PIXELS), torch.rand(B, T, 8)
     first = agent.world_model.dream(batch, uniform, 2)["image"]
     assert first.shape == (B, T, 3, 64, 64)

@@ -147,6 +147,17 @@ def test_train_ratio_is_exact() -> None:
         assert len(trainer.replay) == 3 * 40
 
 
+def test_a_replay_in_host_memory_takes_rows_from_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the device they would come after all updates that were issued."""
+    command, _ = parse_command(GYM, cuda=False)
+    with build(command.config) as parts:
+        trainer, added = Trainer(parts), []
+        monkeypatch.setattr(trainer.replay, "add", added.append)
+        for _ in range(2):
+            trainer.iterate()
+            assert added[-1] is trainer.acting.staged
+
+
 def test_prefill_is_random_and_then_the_policy_acts() -> None:
     command, _ = parse_command([*GYM, "--prefill", "30"], cuda=False)
     with build(command.config) as parts:

@@ -17,6 +17,7 @@ from runs import DEMO, GYM, differences
 from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastdreamer.algorithm.agent import Agent
@@ -29,6 +30,50 @@ from fastdreamer.runtime.graphs import Captured, Runtime
 
 CPU, THOROUGH = torch.device("cpu"), pytest.mark.thorough
 Function = Callable[[], Any]
+DRAWN_FROM: list[torch.Generator] = []
+
+
+@torch.library.custom_op("fastdreamer_tests::draw", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def draw(generator: int, shape: Sequence[int], dtype: torch.dtype, normal: bool) -> Tensor:
+    """Numbers from a generator by its place in `DRAWN_FROM`, for no tracer of PyTorch 2.11 takes a generator."""
+    return (torch.randn if normal else torch.rand)(*shape, dtype=dtype, generator=DRAWN_FROM[generator])
+
+
+@draw.register_fake
+def _(generator: int, shape: Sequence[int], dtype: torch.dtype, normal: bool) -> Tensor:
+    return torch.empty(*shape, dtype=dtype)
+
+
+QUANTILE = torch.quantile
+quantile = torch.library.custom_op(
+    "fastdreamer_tests::quantile", QUANTILE, mutates_args=(), schema="(Tensor values, Tensor at) -> Tensor"
+)
+quantile.register_fake(lambda values, at: torch.empty_like(at))
+
+
+@pytest.fixture(autouse=True)
+def quantile_that_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, and there alone, older PyTorch looks whether what it is asked for lies between 0 and 1."""
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 13):
+        monkeypatch.setattr(torch, "quantile", lambda values, at: quantile(values, at))
+
+
+class Draws(TorchFunctionMode):
+    """Whatever is drawn from a generator is drawn by `draw`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = dict(kwargs or {})
+        if (source := options.pop("generator", None)) is None:
+            return func(*args, **options)
+        assert func in (torch.rand, torch.randn), f"{func} is not known to draw"
+        assert options.pop("device", CPU) == CPU
+        if not any(source is each for each in DRAWN_FROM):
+            DRAWN_FROM.append(source)
+        place = next(i for i, each in enumerate(DRAWN_FROM) if each is source)
+        dtype = options.pop("dtype", torch.float32)
+        assert not options
+        shape = args if isinstance(args[0], int) else args[0]
+        return draw(place, list(shape), dtype, func is torch.randn)
 
 
 def record_fx(
@@ -47,13 +92,12 @@ def record_fx(
 
     def flat() -> list[Tensor]:
         nonlocal spec
-        leaves, spec = tree_flatten(function())
+        with Draws():
+            leaves, spec = tree_flatten(function())
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
-    states, before = [generator.get_state() for generator in generators], [scalar.clone() for scalar in scalars]
+    before = [scalar.clone() for scalar in scalars]
     traced = make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)()
-    for generator, state in zip(generators, states, strict=True):
-        generator.set_state(state)
     for scalar, value in zip(scalars, before, strict=True):
         scalar.copy_(value)
     (output,) = [node for node in traced.graph.nodes if node.op == "output"]

@@ -30,6 +30,17 @@ def test_staged_rows_outlive_the_arrays() -> None:
     assert not rows["reward"].any()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_staged_rows_are_in_host_memory_too(device: str) -> None:
+    step, stage = Step.empty(2, Spaces(image=True, vector=0, action=1, discrete=False)), Stager(torch.device(device))
+    step.reward[:] = 5
+    rows = stage(step)
+    assert stage.staged.keys() == rows.keys()
+    for name, field in stage.staged.items():
+        assert field.device == CPU
+        assert torch.equal(field, torch.from_numpy(getattr(step, name)))
+
+
 def test_metrics_come_one_update_late_and_average() -> None:
     values = iter([1.0, 3.0, 8.0])
     learner = Learner(lambda: {"loss/x": torch.tensor(next(values))})
