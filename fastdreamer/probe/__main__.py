@@ -52,6 +52,8 @@ FLAGS = {"shown_in_evaluation": "--eval-background", "action_repeat": "--action-
 """The options that are called otherwise."""
 LEAST = 5
 """Episodes of which each side of the split gets one."""
+FEW = 10
+"""Rows for each feature of s_t below which a probe is told to have too few."""
 INTERRUPTED = "interrupted; the runs are as they were"
 USAGE = "python -m fastdreamer.probe RUN [RUN ...] [--option value ...]"
 EXAMPLES = (
@@ -137,6 +139,9 @@ def run_command(command: Command) -> None:
         result |= {"episodes": _described(episodes, split, command.runs), "seed": command.seed}
         results.append(result)
         _write(run, result)
+    print(_counted(config.task, results[0]["episodes"]) + "\n")
+    if split.fit.sum() < FEW * loaded[0][0].world_model.rssm.features:
+        _say(f"{split.fit.sum():,} rows to fit on are few for so many features: take more by --episodes")
     for title, header, rows in tables(list(command.runs), results):
         _print(title, header, rows)
     if command.picture is not None:
@@ -264,6 +269,13 @@ def _described(episodes: "Episodes", split: "Split", runs: Sequence[str]) -> dic
     sides = {name: len(set(episodes.episode[getattr(split, name)].tolist())) for name in ("fit", "choose", "test")}
     random = int((episodes.source == 0).sum())
     return {"count": len(episodes.source), "random": random, "rows": len(episodes.episode), **sides, "runs": list(runs)}
+
+
+def _counted(task: str, episodes: dict[str, Any]) -> str:
+    return (
+        f"{task}: {episodes['rows']:,} rows of {episodes['count']} episodes, {episodes['random']} by random actions; "
+        f"{episodes['fit']} to fit on, {episodes['choose']} to choose by, {episodes['test']} to test"
+    )
 
 
 def _teller(episodes: int) -> Callable[[int], None]:
