@@ -13,6 +13,7 @@ import yaml
 from fastdreamer import commandline, config, evaluate
 from fastdreamer.commandline import BadInput, count
 from fastdreamer.config import defaults, load_config, options, parse_command
+from fastdreamer.probe import __main__ as probe
 from fastdreamer.report import __main__ as report
 from fastdreamer.run.records import new_run
 
@@ -93,6 +94,8 @@ def test_refusals_are_one_sentence_with_the_nearest(argv: str, expected: str) ->
         (evaluate.main, "a --episode 3", r"error: --episode is no option: did you mean --episodes\?"),
         (evaluate.main, "a --device gpu", r"error: --device gpu is none of auto, cpu, cuda"),
         (report.main, "", r"error: name run folders, as in: python -m fastdreamer\.report"),
+        (probe.main, "", r"error: name run folders, as in: python -m fastdreamer\.probe"),
+        (probe.main, "a --episode 5", r"error: --episode is no option: did you mean --episodes\?"),
         (report.main, "a --plt x", r"error: --plt is no option: did you mean --plot\?"),
         (report.main, "a --plot", r"error: --plot needs a value: write --plot FILE"),
     ],
@@ -181,7 +184,7 @@ class Untold:
     value: int = 0
 
 
-@pytest.mark.parametrize("kind", [config.Flags, config.Config, evaluate.Command, report.Command])
+@pytest.mark.parametrize("kind", [config.Flags, config.Config, evaluate.Command, report.Command, probe.Command])
 def test_every_option_has_a_text(kind: type[Any]) -> None:
     assert [option.name for option in commandline.options_of(kind) if not option.text] == []
     assert [option.name for option in commandline.options_of(Untold) if not option.text] == ["value"]

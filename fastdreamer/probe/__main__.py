@@ -168,7 +168,7 @@ def probe_run(
     device: "torch.device",
 ) -> tuple[dict[str, Any], list[tuple[str, "np.ndarray"]]]:
     """What `probe.json` holds of one run: `features`, `controls` and `rollout`, as far as asked for; and what it draws,
-    as `picture.drawn` says. Draws `probe.png`. Raises BadInput where it cannot be written."""
+    as `picture.drawn` says. Draws `probe.png`."""
     import numpy as np
 
     from fastdreamer.probe import linear, picture
@@ -195,7 +195,11 @@ def probe_run(
         }
         bars = {FEATURES[name]: scores for name, scores in found["features"].items()}
         bars["s_t, untrained"] = found["controls"]["untrained"]["s"]
-        picture.draw(run / "probe.png", f"{run.name}, {agent.config.objective}", frames, bars)
+        try:
+            picture.draw(run / "probe.png", f"{run.name}, {agent.config.objective}", frames, bars)
+        except BadInput as error:
+            # Another user's run can be probed, too.
+            _say(str(error))
     elif truth:
         maps = linear.probe(features["s"], truth, split).maps
     if "rollout" in words:
@@ -250,9 +254,9 @@ def _rolled(value: Any) -> str:
 def _kind(scores: dict[str, float]) -> str:
     if "accuracy" in scores:
         return f"accuracy of a linear probe (always the commonest: {scores['chance']:.2f})"
-    if "r2" in scores:
-        return "R2 of a linear probe"
-    return "balanced accuracy / AUROC of a linear probe (no information: 0.50)"
+    if "auroc" in scores:
+        return f"balanced accuracy / AUROC of linear probes, mean of {scores['flags']:.0f} flags (no information: 0.50)"
+    return "R2 of a linear probe" if scores else "which varies too little to be probed"
 
 
 def _score(scores: dict[str, float]) -> str:
@@ -303,7 +307,6 @@ def _write(run: Path, result: dict[str, Any]) -> None:
     try:
         write_whole(run / "probe.json", (json.dumps(_told(result), indent=1) + "\n").encode())
     except OSError as error:
-        # Another user's run can be probed, too.
         _say(f"{run / 'probe.json'} cannot be written ({error.strerror})")
 
 

@@ -76,7 +76,10 @@ def collect(
     with contextlib.closing(Stage(config, seed, cuda_index(runtime.device))) as stage:
         for agent in agents:
             if agent.spaces != stage.spaces:
-                raise BadInput("the environment here has other observations or actions than the run: mend it.")
+                raise BadInput(
+                    f"--task {config.task} has other observations or actions here than its run had: mend the "
+                    "environment, or train a run in it."
+                )
         noise = generator(runtime.device, seed, ACT_STREAM)
         policies = [random_policy(stage.spaces, seed)]
         policies += [_policy(make_acting(runtime, agent, 1, noise, captured=False)) for agent in agents]
@@ -181,6 +184,10 @@ class Stage:
         family, _, name = task.partition("/")
         if family != "dmc":
             return envs.build(Job(task, env, self._seed, count=1, first_index=self._episode, total=1, videos=None))
+        # Triton and Mesa each bring an LLVM: a process that renders with Mesa's cannot load the other any more, which
+        # PyTorch's optimisers do.
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401
         from fastdreamer.envs.dm_control import DmControl
 
         rendering.prepare_dm_control(env.obs != "vector", env.render == "fast")

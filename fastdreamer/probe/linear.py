@@ -25,8 +25,8 @@ ITERATIONS = 100
 Truth = Mapping[str, np.ndarray]
 """By name, each (R, O), or (R,) for classes: float32, int64 or bool."""
 Scores = dict[str, dict[str, float]]
-"""By name of the truth: `r2`, or `accuracy` and `chance`, or `balanced_accuracy` and `auroc`, with `penalty` where it
-is one. What cannot be told is left out."""
+"""By name of the truth: `r2`, or `accuracy` and `chance`, or `balanced_accuracy` and `auroc` (means over so many
+`flags`), with `penalty` where there is one. What cannot be told is left out."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def logistic(features: Tensor, flags: np.ndarray, split: Split) -> dict[str, flo
     logits, right = found(features[test]), y[test] > 0.5
     scores = [(_balanced_accuracy(x, t), auroc(x, t)) for x, t in zip(logits.T, right.T, strict=True)]
     balanced, ranked = np.mean(scores, 0)
-    return {"balanced_accuracy": float(balanced), "auroc": float(ranked)}
+    return {"balanced_accuracy": float(balanced), "auroc": float(ranked), "flags": float(told.sum())}
 
 
 def auroc(scored: Tensor, flag: Tensor) -> float:

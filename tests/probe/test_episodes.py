@@ -1,15 +1,25 @@
 """The episodes that are probed: what really stood behind each row."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fastdreamer.config import EnvConfig, defaults
-from fastdreamer.envs import rendering
 from fastdreamer.envs.background import Textures
 from fastdreamer.envs.dm_control import DmControl
 from fastdreamer.probe.episodes import CATCH, Stage, catch, patches, random_policy
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_opengl_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "disable")
 
 
 def stage(task: str, **env: object) -> Stage:
@@ -75,7 +85,6 @@ def test_an_episode_is_cut_and_another_begins() -> None:
 
 @pytest.mark.parametrize(("name", "positions"), [("walker_walk", 1 + 2 * 7), ("quadruped_walk", 1 + 9 + 2 * 16)])
 def test_the_truth_of_dm_control_is_its_physics(name: str, positions: int) -> None:
-    rendering.prepare_dm_control(False, False)
     env = DmControl(name, EnvConfig(obs="vector", backend="dm_control"), None)
     env.reset(3)
     rng, touched = np.random.default_rng(0), []
@@ -104,8 +113,23 @@ def test_the_truth_of_dm_control_is_its_physics(name: str, positions: int) -> No
     env.close()
 
 
+@pytest.mark.opengl
+def test_pytorch_compiles_and_optimises_after_frames_were_rendered_in_its_process() -> None:
+    code = """
+from fastdreamer.config import defaults
+from fastdreamer.probe.episodes import Stage, random_policy
+played = Stage(defaults("dmc", "dmc/cartpole_balance", "mudreamer"), 0)
+rows, truth = played.episode(random_policy(played.spaces, 0), 2)
+assert rows["image"].shape == (3, 3, 64, 64) and rows["image"].std() > 1 and truth["qpos"].shape == (3, 3)
+played.close()
+import torch._dynamo
+"""
+    env = {name: value for name, value in os.environ.items() if name != "MUJOCO_GL"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_angle_is_the_same_a_turn_later() -> None:
-    rendering.prepare_dm_control(False, False)
     env = DmControl("walker_walk", EnvConfig(obs="vector", backend="dm_control"), None)
     env.reset(0)
     before = env.truth()["qpos"]
