@@ -121,10 +121,9 @@ def run_command(command: Command) -> None:
         episodes=command.episodes,
         steps=steps,
         seed=command.seed,
+        told="state" in words,
         progress=_teller(command.episodes),
     )
-    if "state" in words and not episodes.truth:
-        raise BadInput(f"--what state needs a truth and --task {config.task} tells none: use --what rollout.")
     split = split_episodes(episodes.episode, episodes.source, command.seed)
     results = []
     pictures: list[tuple[str, np.ndarray]] = []

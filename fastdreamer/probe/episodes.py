@@ -64,13 +64,14 @@ def collect(
     episodes: int,
     steps: int,
     seed: int,
+    told: bool,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Episodes:
     """Plays `episodes` episodes of a run's task: half by uniformly random actions, the rest in equal shares by the
     policies of `agents`, before the run's evaluation background.
 
     They follow from `seed`, of which training has no episode. One that has not come to its end after `steps` decisions
-    is cut. Raises BadInput as `envs.make` does.
+    is cut. Raises BadInput as `envs.make` does, and where the truth must be `told` and is not.
     """
     source = np.concatenate([np.zeros(episodes // 2, int), 1 + np.arange(episodes - episodes // 2) % len(agents)])
     with contextlib.closing(Stage(config, seed, cuda_index(runtime.device))) as stage:
@@ -80,6 +81,8 @@ def collect(
                     f"--task {config.task} has other observations or actions here than its run had: mend the "
                     "environment, or train a run in it."
                 )
+        if told and not stage.tells:
+            raise BadInput(f"--what state needs a truth and --task {config.task} tells none: use --what rollout.")
         noise = generator(runtime.device, seed, ACT_STREAM)
         policies = [random_policy(stage.spaces, seed)]
         policies += [_policy(make_acting(runtime, agent, 1, noise, captured=False)) for agent in agents]
@@ -127,6 +130,11 @@ class Stage:
         self._batch = self._build()
         self.spaces = self._batch.spaces
         self._shown = Step.empty(1, self.spaces)
+
+    @property
+    def tells(self) -> bool:
+        """Whether there is a truth behind its rows."""
+        return bool(self._told or self._backdrop or self.spaces.vector or self._config.task == CATCH)
 
     def close(self) -> None:
         self._batch.close()
