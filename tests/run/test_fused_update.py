@@ -42,6 +42,8 @@ def update(kernels: ops.Choice, spaces: Spaces, config: Config, dtype: torch.dty
         for head in (agent.world_model.reward, agent.world_model.value, agent.behavior.critic):
             if head is not None:
                 head.out.weight.normal_(0, 0.1)
+        # Nor may rounding turn which imagined states are ends.
+        agent.world_model.cont.out.bias.fill_(3)
     noise = decided(agent.draw_update_noise(torch.Generator().manual_seed(2)), spaces.discrete)
     batch = make_batch(spaces, config.optim.batch_size, config.optim.batch_length)
     if dtype == torch.float64:
