@@ -152,7 +152,7 @@ class Agent(nn.Module):
     ) -> dict[str, Tensor]:
         """The gradients of actor and critic, with the critic's slow copy, from states (N, ...). Returns losses."""
         behavior = self.behavior.loss(self.world_model, start, cont, noise)
-        optimizers.actor.collect(behavior.actor, retain_graph=True)
+        optimizers.actor.collect(behavior.actor)
         optimizers.critic.collect(behavior.critic)
         losses = ("actor", "critic")
         return {f"{'loss' if k in losses else 'behavior'}/{k}": v for k, v in behavior.parts.items()}

@@ -26,17 +26,20 @@ class ImaginationNoise(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """An imagined trajectory, time first: `features` (H+1, N, F), the actor's outputs `policy` (H, N, P), `action`
-    (H, N, A), and per state (H+1, N): `reward` that came with it (0 with the start), `cont` (the start's is true)."""
+    """An imagined trajectory, time first: `features` (H+1, N, F), the actor's outputs `policy`, H times (N, P),
+    `action` (H, N, A), and per state (H+1, N): `reward` that came with it (0 with the start), `cont` (the start's is
+    true)."""
 
     features: Tensor
-    policy: Tensor
+    policy: list[Tensor]
     action: Tensor
     reward: Tensor
     cont: Tensor
 
 
 class BehaviorLoss(NamedTuple):
+    """`actor` and `critic` have the gradients to learn from; `parts` are numbers, the losses among them."""
+
     actor: Tensor
     critic: Tensor
     parts: dict[str, Tensor]
@@ -76,7 +79,9 @@ class Behavior(nn.Module):
         state, features, policy, actions = start, [start.features()], [], []
         for prior, action in zip(noise.prior, noise.action, strict=True):
             # The actor sees states as given: what it does changes later states only through its actions.
-            policy.append(self.actor(features[-1].detach()))
+            with torch.no_grad():
+                policy.append(self.actor(features[-1]))
+            policy[-1].requires_grad_(self.through_dynamics)
             actions.append(self.distribution(policy[-1]).sample(action))
             state = model.rssm.imagine_step(state, actions[-1], prior)
             features.append(state.features())
@@ -84,18 +89,15 @@ class Behavior(nn.Module):
         stacked = torch.stack(features)
         imagined = stacked[1:]
         # No return counts what arrived with the start.
-        rewards = torch.cat([torch.zeros_like(cont).unsqueeze(0), model.predict_reward(imagined).mean()])
+        rewards = torch.cat([torch.zeros_like(cont).unsqueeze(0), model.predict_reward(imagined, frozen=True).mean()])
         # Without a gradient: an actor would otherwise be drawn to states whose end the head is surest to deny.
         predicted = model.predict_cont(imagined.detach())
         mode = self.config.behavior.imagined_cont == "mode"
         conts = torch.cat([cont.unsqueeze(0), predicted.mode() if mode else predicted.mean().detach()])
-        return Trajectory(stacked, torch.stack(policy), torch.stack(actions), rewards, conts)
+        return Trajectory(stacked, policy, torch.stack(actions), rewards, conts)
 
     def loss(self, model: WorldModel, start: State, cont: Tensor, noise: ImaginationNoise) -> BehaviorLoss:
-        """Actor and critic losses from states (N, ...); their gradients are for actor and critic alone.
-
-        The two share the critic's graph: keep it for the second of their backward passes.
-        """
+        """Actor and critic losses from states (N, ...); their gradients are for actor and critic alone."""
         config = self.config.behavior
         with torch.set_grad_enabled(self.through_dynamics):
             trajectory = self.imagine(model, start, cont, noise)
@@ -111,15 +113,19 @@ class Behavior(nn.Module):
         weight = weight.cumprod(0)[:-1]
         seen = trajectory.features[:-1].detach()
 
-        # With gradients, imagination has evaluated the actor already.
-        policy = self.distribution(trajectory.policy) if self.through_dynamics else self.policy(seen)
+        outputs = self.actor(seen)
+        policy = self.distribution(torch.stack(trajectory.policy) if self.through_dynamics else outputs)
         advantage = (returns - value[:-1]) / self.update_return_scale(returns.detach())
         if self.through_dynamics:
             objective = advantage
         else:
             objective = policy.log_prob(trajectory.action.detach()) * advantage.detach()
         entropy = policy.entropy()
-        actor = -(weight * (objective + config.entropy * entropy)).mean()
+        actor = loss = -(weight * (objective + config.entropy * entropy)).mean()
+        if self.through_dynamics:
+            # Imagination took the actor's outputs as given: one backward pass through it serves all of its steps.
+            slopes = torch.autograd.grad(loss, trajectory.policy, retain_graph=True)
+            actor = (outputs * torch.stack(slopes)).sum()
 
         critic = TwoHot(logits[:-1], self.ops)
         with torch.no_grad():
@@ -127,7 +133,7 @@ class Behavior(nn.Module):
         critic_loss = (weight * (critic.loss(returns.detach()) + critic.loss(slow))).mean()
 
         parts = {
-            "actor": actor,
+            "actor": loss,
             "critic": critic_loss,
             "imagined_return": returns.mean(),
             "imagined_reward": trajectory.reward[1:].mean(),

@@ -51,6 +51,14 @@ def scale_image(image: Tensor) -> Tensor:
     return image if image.is_floating_point() else image.float().div_(255).sub_(0.5)
 
 
+def given(parameter: Tensor, frozen: bool) -> Tensor:
+    """A parameter of a norm: where `frozen`, without a gradient.
+
+    Products leave out by themselves what nobody asks for; the operations of norms ask what wants a gradient.
+    """
+    return parameter.detach() if frozen else parameter
+
+
 class LayerNormAct(nn.Module):
     """LayerNorm and SiLU over the last axis of (..., C)."""
 
@@ -59,9 +67,10 @@ class LayerNormAct(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.ops = ops
 
-    def forward(self, x: Tensor, *, batch_stats: bool = False) -> Tensor:
-        """`batch_stats` means nothing here: a layer's norm is called alike whichever kind it is."""
-        return self.ops.layer_norm_act(x, self.weight, self.bias, NORM_EPS)
+    def forward(self, x: Tensor, *, batch_stats: bool = False, frozen: bool = False) -> Tensor:
+        """Where `frozen`, scale and shift have no gradient. `batch_stats` means nothing here: a layer's norm is called
+        alike whichever kind it is."""
+        return self.ops.layer_norm_act(x, given(self.weight, frozen), given(self.bias, frozen), NORM_EPS)
 
 
 class BatchNormAct(nn.Module):
@@ -106,9 +115,9 @@ class MLP(nn.Module):
         self.linears = nn.ModuleList(linear(i, o, bias=False) for i, o in itertools.pairwise(widths))
         self.norms = nn.ModuleList(LayerNormAct(units, ops) for _ in range(layers))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
         for layer, norm in zip(self.linears, self.norms, strict=True):
-            x = norm(layer(x))
+            x = norm(layer(x), frozen=frozen)
         return x
 
 
@@ -120,8 +129,9 @@ class Head(nn.Module):
         self.mlp = MLP(inputs, widths.units, widths.layers, ops)
         self.out = linear(widths.units, outputs, bias=True, zero=zero)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.mlp(x))
+    def forward(self, x: Tensor, *, frozen: bool = False) -> Tensor:
+        """Where `frozen`, its norms have no gradient: for one that wants the inputs' alone."""
+        return self.out(self.mlp(x, frozen=frozen))
 
 
 class ImageEncoder(nn.Module):

@@ -45,21 +45,18 @@ class Optimizer:
         self.grad, self.mean, self.square = (torch.zeros_like(self.param) for _ in range(3))
         self.steps = torch.zeros((), device=self.param.device)
 
-    def collect(self, loss: Tensor, *, retain_graph: bool = False) -> None:
+    def collect(self, loss: Tensor) -> None:
         """Takes the gradient of `loss` into `grad`, for `apply` to step by.
 
-        Parameters it does not reach count as having a gradient of zero: those it never reaches stay. `retain_graph`:
-        another loss's backward pass will need the graph.
+        Parameters it does not reach count as having a gradient of zero: those it never reaches stay.
         """
-        grads = torch.autograd.grad(
-            loss, self.params, retain_graph=retain_graph, allow_unused=True, materialize_grads=True
-        )
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
         with torch.no_grad():
             collect(self.grad, list(self.params), list(grads))
 
-    def step(self, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
+    def step(self, loss: Tensor) -> Tensor:
         """One step down `loss`. Returns the gradient's norm before clipping."""
-        self.collect(loss, retain_graph=retain_graph)
+        self.collect(loss)
         return self.apply()
 
     def apply(self) -> Tensor:

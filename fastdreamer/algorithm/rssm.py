@@ -11,7 +11,7 @@ from fastdreamer_kernels.rssm_observe.reference import Running, Weights
 from torch import Tensor, nn
 
 from fastdreamer.algorithm.distributions import onehot_mode
-from fastdreamer.algorithm.networks import NORM_EPS, BatchNormAct, LayerNormAct, linear, norm_act
+from fastdreamer.algorithm.networks import NORM_EPS, BatchNormAct, LayerNormAct, given, linear, norm_act
 from fastdreamer.config import ModelConfig, Size
 
 
@@ -60,19 +60,20 @@ class RSSM(nn.Module):
         deter = torch.tanh(self.initial_deter).unsqueeze(0)
         return State(deter, onehot_mode(self.prior(deter)))
 
-    def advance(self, state: State, action: Tensor) -> Tensor:
-        """The sequence model: state and action (N, A) at t-1 to `deter` (N, D) at t.
+    def advance(self, state: State, action: Tensor, *, frozen: bool = False) -> Tensor:
+        """The sequence model: state and action (N, A) at t-1 to `deter` (N, D) at t; `frozen` as `given` has it.
 
         Beyond [-1, 1] an action counts as its bound, as environments clip it; its gradient is scaled, not cut.
         """
         stoch = state.stoch.flatten(-2)
-        u = self.inp_norm(self.inp(torch.cat([stoch, bounded(action).to(stoch.dtype)], -1)))
+        u = self.inp_norm(self.inp(torch.cat([stoch, bounded(action).to(stoch.dtype)], -1)), frozen=frozen)
         pre = self.gates(torch.cat([u, state.deter.to(u.dtype)], -1))
-        return self.ops.gru_gates(pre, state.deter, self.gates_weight, self.gates_bias, NORM_EPS)
+        scale, shift = given(self.gates_weight, frozen), given(self.gates_bias, frozen)
+        return self.ops.gru_gates(pre, state.deter, scale, shift, NORM_EPS)
 
-    def prior(self, deter: Tensor) -> Tensor:
+    def prior(self, deter: Tensor, *, frozen: bool = False) -> Tensor:
         """Logits (..., S, K) of p(z_t | h_t) from h_t (..., D)."""
-        logits = self.prior_out(self.prior_norm(self.prior_hidden(deter)))
+        logits = self.prior_out(self.prior_norm(self.prior_hidden(deter), frozen=frozen))
         return logits.unflatten(-1, (self.stoch, self.classes))
 
     def posterior(self, deter: Tensor, embed: Tensor, *, batch_stats: bool) -> Tensor:
@@ -158,6 +159,9 @@ class RSSM(nn.Module):
         )
 
     def imagine_step(self, state: State, action: Tensor, uniform: Tensor) -> State:
-        """One prior step: the state (N, ...) that follows an action (N, A), drawn with uniforms (N, S)."""
-        deter = self.advance(state, action)
-        return State(deter, self.sample(self.prior(deter), uniform))
+        """One prior step: the state (N, ...) that follows an action (N, A), drawn with uniforms (N, S).
+
+        Its gradients are for state and action: who imagines does not change the model.
+        """
+        deter = self.advance(state, action, frozen=True)
+        return State(deter, self.sample(self.prior(deter, frozen=True), uniform))

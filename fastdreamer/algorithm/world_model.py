@@ -55,8 +55,8 @@ class WorldModel(nn.Module):
         if model.decoder != "off":
             self.decoder = Decoder(features, spaces.image, spaces.vector, widths, ops)
 
-    def predict_reward(self, features: Tensor) -> TwoHot:
-        return TwoHot(self.reward(features), self.ops)
+    def predict_reward(self, features: Tensor, *, frozen: bool = False) -> TwoHot:
+        return TwoHot(self.reward(features, frozen=frozen), self.ops)
 
     def predict_cont(self, features: Tensor) -> Bernoulli:
         return Bernoulli(self.cont(features).squeeze(-1))

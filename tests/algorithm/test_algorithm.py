@@ -1,5 +1,6 @@
 """The method: sizes, where gradients go, BatchNorm's two modes, resets, value targets, and that it learns."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastdreamer_kernels import ops
 from torch import Tensor, nn
 
 from fastdreamer.algorithm.agent import Agent
+from fastdreamer.algorithm.behavior import ImaginationNoise
 from fastdreamer.algorithm.networks import BatchNormAct
 from fastdreamer.algorithm.rssm import State
 from fastdreamer.config import OBJECTIVES, SIZES, BadInput, Config, defaults
@@ -184,7 +186,7 @@ def test_behavior_leaves_the_world_model_alone(spaces: Spaces) -> None:
     loss = agent.behavior.loss(agent.world_model, start, torch.ones(7), draws)
     actor = [p.clone() for p in agent.behavior.actor.parameters()]
     critic = [p.clone() for p in agent.behavior.critic.parameters()]
-    optimizers.actor.step(loss.actor, retain_graph=True)
+    optimizers.actor.step(loss.actor)
     optimizers.critic.step(loss.critic)
     assert all(torch.equal(before[k], v) for k, v in agent.world_model.state_dict().items())
     assert all(p.grad is None for p in agent.world_model.parameters())
@@ -200,13 +202,36 @@ def test_actor_and_critic_steps_are_their_own() -> None:
     start = State(torch.randn(B * T, 128), torch.eye(8).expand(B * T, 8, 8).contiguous())
     loss = agent.behavior.loss(agent.world_model, start, torch.ones(B * T), noise(agent).imagination)
     before = [[p.clone() for p in part.parameters()] for part in (behavior.actor, behavior.critic)]
-    optimizers.actor.step(loss.actor, retain_graph=True)
+    optimizers.actor.step(loss.actor)
     assert all(map(torch.equal, before[1], behavior.critic.parameters()))
     stepped = [p.clone() for p in behavior.actor.parameters()]
     assert not all(map(torch.equal, before[0], stepped))
     optimizers.critic.step(loss.critic)
     assert all(map(torch.equal, stepped, behavior.actor.parameters()))
     assert not all(map(torch.equal, before[1], behavior.critic.parameters()))
+
+
+def test_one_backward_pass_through_the_actor_is_that_of_all_imagined_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64: as if each step's graph through the actor had been kept."""
+    agent = make_agent(spaces=PIXELS).double()
+    behavior, kept = agent.behavior, list[Tensor]()
+    nn.init.normal_(behavior.critic.out.weight)
+    start = State(torch.randn(B * T, 128).double(), torch.eye(8).expand(B * T, 8, 8).double().contiguous())
+    draws = ImaginationNoise(*(each.double() for each in noise(agent).imagination))
+    gradient = torch.autograd.grad
+
+    def grad(loss: Tensor, outputs: Any, **options: Any) -> Any:
+        kept.append(loss)
+        return gradient(loss, outputs, **options)
+
+    parameters = list(behavior.actor.parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", grad)
+        patch.setattr(torch, "no_grad", nullcontext)
+        loss = behavior.loss(agent.world_model, start, torch.ones(B * T).double(), draws).actor
+    for mine, whole in zip(gradient(loss, parameters), gradient(kept[0], parameters), strict=True):
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(mine, whole, rtol=1e-9, atol=1e-12)
 
 
 def test_dynamics_gradient_needs_continuous_actions() -> None:

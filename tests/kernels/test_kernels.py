@@ -169,6 +169,47 @@ def test_memory_not_written_would_be_seen(fused: ops.Ops) -> None:
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("layer_norm_act", "", {"rows": 40, "columns": 24}),
+        Case("gru_gates", "", {"rows": 9, "deter": 12}),
+        Case("gru_gates", "wide", {"rows": 2, "deter": 2100}),
+    ],
+    ids=str,
+)
+def test_a_norm_whose_parameters_want_no_gradient_sums_none(case: Case, fused: ops.Ops) -> None:
+    operation = getattr(fused, case.operation)
+    found = {}
+    for learned in (True, False):
+        inputs = case.inputs(torch.float32)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                value.requires_grad_(learned or name not in ("weight", "bias"))
+        out = operation(**inputs)
+        with Asked() as asked:
+            out.square().sum().backward()
+        found[learned] = {name: inputs[name].grad for name in inputs if name in ("x", "pre", "deter")}
+        assert asked.learned == [learned]
+        assert (inputs["weight"].grad is not None) == learned
+    for name, gradient in found[True].items():
+        assert torch.equal(gradient, found[False][name])
+
+
+class Asked(TorchDispatchMode):
+    """Whether backward passes are asked for the gradients of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.learned: list[bool] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastdreamer":
+            self.learned.append(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.interpreter
 def test_parameters_in_bf16_keep_their_dtype(fused: ops.Ops) -> None:
     case = Case("layer_norm_act", "", {"rows": 40, "columns": 24})
     inputs = case.inputs(torch.bfloat16)

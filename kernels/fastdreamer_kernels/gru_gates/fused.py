@@ -113,10 +113,11 @@ def backward_kernel(
     rows,
     size,
     EPS: tl.constexpr,
+    LEARNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dpre, ddeter, and each program's own sums of dweight and dbias: partial (programs, 6, size) fp32."""
+    """dpre, ddeter, and if LEARNED each program's own sums of dweight and dbias: partial (programs, 6, size) fp32."""
     column = tl.arange(0, COLUMNS)
     there = column < size
     dweight_reset = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -135,12 +136,13 @@ def backward_kernel(
             scaled_reset, scaled_cand, scaled_update, read(deter_ptr, at, inside), read(dout_ptr, at, inside)
         )
         write(ddeter_ptr, at, ddeter, inside)
-        dweight_reset += dreset * reset
-        dweight_cand += dcand * cand
-        dweight_update += dupdate * update
-        dbias_reset += dreset
-        dbias_cand += dcand
-        dbias_update += dupdate
+        if LEARNED:
+            dweight_reset += dreset * reset
+            dweight_cand += dcand * cand
+            dweight_update += dupdate * update
+            dbias_reset += dreset
+            dbias_cand += dcand
+            dbias_update += dupdate
         # Read once more rather than kept: registers are what is scarce here.
         dreset *= read(weight_ptr, column, there)[None, :]
         dcand *= read(weight_ptr, size + column, there)[None, :]
@@ -151,9 +153,10 @@ def backward_kernel(
         write(dpre_ptr, at, (dreset - shift - reset * slope) * rstd[:, None], inside)
         write(dpre_ptr, at + size, (dcand - shift - cand * slope) * rstd[:, None], inside)
         write(dpre_ptr, at + 2 * size, (dupdate - shift - update * slope) * rstd[:, None], inside)
-    own = partial_ptr + tl.program_id(0) * 6 * size + column
-    store_sums(own, size, there, dweight_reset, dweight_cand, dweight_update, ROWS, COLUMNS)
-    store_sums(own + 3 * size, size, there, dbias_reset, dbias_cand, dbias_update, ROWS, COLUMNS)
+    if LEARNED:
+        own = partial_ptr + tl.program_id(0) * 6 * size + column
+        store_sums(own, size, there, dweight_reset, dweight_cand, dweight_update, ROWS, COLUMNS)
+        store_sums(own + 3 * size, size, there, dbias_reset, dbias_cand, dbias_update, ROWS, COLUMNS)
 
 
 @triton.jit
@@ -283,20 +286,23 @@ def _(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> T
 
 @torch.library.custom_op("fastdreamer::gru_gates_backward", mutates_args=())
 def backward(
-    pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float
+    pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, learned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dpre as pre, ddeter as deter, and dweight over dbias, (2, 3D) fp32."""
+    """dpre as pre, ddeter as deter, and dweight over dbias, (2, 3D) fp32; (0, 3D) where they are not `learned`."""
     dpre, ddeter = torch.empty_like(pre), torch.empty_like(deter)
     rows, size = deter.shape
     tensors = (pre, deter, weight, bias, dout)
     if size <= MOST_SUMMED:
         t = tile(size, elements=512, per_thread=4)
         count = programs(pre.device, cdiv(rows, t.rows))
-        partial = pre.new_empty(count, 6, size, dtype=torch.float32)
-        launch_rows(backward_kernel, t, *tensors, dpre, ddeter, partial, rows=rows, columns=size, count=count, EPS=eps)
+        partial = pre.new_empty(count if learned else 0, 6, size, dtype=torch.float32)
+        launch_rows(
+            backward_kernel, t, *tensors, dpre, ddeter, partial,
+            rows=rows, columns=size, count=count, EPS=eps, LEARNED=learned,
+        )  # fmt: skip
     else:
         count = programs(pre.device, cdiv(rows, 4))
-        partial = pre.new_empty(count, 6, size, dtype=torch.float32)
+        partial = pre.new_empty(count if learned else 0, 6, size, dtype=torch.float32)
         stats = pre.new_empty(rows, 2, dtype=torch.float32)
         launch(
             wide_backward_kernel,
@@ -306,22 +312,24 @@ def backward(
             EPS=eps,
             COLUMNS=1024,
         )
-        launch(
-            sums_kernel,
-            (count, cdiv(size, 128)),
-            *(*tensors, stats, partial, rows, size),
-            num_warps=4,
-            ROWS=4,
-            COLUMNS=128,
-        )
-    return dpre, ddeter, partial.sum(0).view(2, 3 * size)
+        if learned:
+            launch(
+                sums_kernel,
+                (count, cdiv(size, 128)),
+                *(*tensors, stats, partial, rows, size),
+                num_warps=4,
+                ROWS=4,
+                COLUMNS=128,
+            )
+    return dpre, ddeter, partial.sum(0).view(2, 3 * size) if learned else partial.view(0, 3 * size)
 
 
 @backward.register_fake
 def _(
-    pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float
+    pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, learned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(pre), torch.empty_like(deter), pre.new_empty(2, pre.shape[-1], dtype=torch.float32)
+    sums = pre.new_empty(2 if learned else 0, pre.shape[-1], dtype=torch.float32)
+    return torch.empty_like(pre), torch.empty_like(deter), sums
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -331,8 +339,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     pre, deter, weight, bias = ctx.saved_tensors
-    dpre, ddeter, (dweight, dbias) = backward(pre, deter, weight, bias, dout.contiguous(), ctx.eps)
-    return dpre, ddeter, dweight.to(weight.dtype), dbias.to(bias.dtype), None
+    learned = any(ctx.needs_input_grad[2:4])
+    dpre, ddeter, sums = backward(pre, deter, weight, bias, dout.contiguous(), ctx.eps, learned)
+    return dpre, ddeter, *((sums[0].to(weight.dtype), sums[1].to(bias.dtype)) if learned else (None, None)), None
 
 
 forward.register_autograd(_backward, setup_context=_setup)

@@ -36,10 +36,11 @@ def backward_kernel(
     rows,
     columns,
     EPS: tl.constexpr,
+    LEARNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dx, and each program's own sums of dweight and dbias: partial (programs, 2, columns) fp32."""
+    """dx, and if LEARNED each program's own sums of dweight and dbias: partial (programs, 2, columns) fp32."""
     column = tl.arange(0, COLUMNS)
     weight = read(weight_ptr, column, column < columns)
     bias = read(bias_ptr, column, column < columns)
@@ -52,16 +53,18 @@ def backward_kernel(
         dout = read(dout_ptr, at, inside)
         normal, rstd = normalise(x, inside, columns, EPS)
         dscaled = dout * silu_slope(normal * weight[None, :] + bias[None, :])
-        dweight += dscaled * normal
-        dbias += dscaled
+        if LEARNED:
+            dweight += dscaled * normal
+            dbias += dscaled
         dnormal = dscaled * weight[None, :]
         shift = tl.sum(dnormal, 1) / columns
         slope = tl.sum(dnormal * normal, 1) / columns
         dx = (dnormal - shift[:, None] - normal * slope[:, None]) * rstd[:, None]
         write(dx_ptr, at, dx, inside)
-    own = partial_ptr + tl.program_id(0) * 2 * columns + column
-    tl.store(own, sum_rows(dweight, ROWS, COLUMNS), mask=column < columns)
-    tl.store(own + columns, sum_rows(dbias, ROWS, COLUMNS), mask=column < columns)
+    if LEARNED:
+        own = partial_ptr + tl.program_id(0) * 2 * columns + column
+        tl.store(own, sum_rows(dweight, ROWS, COLUMNS), mask=column < columns)
+        tl.store(own + columns, sum_rows(dbias, ROWS, COLUMNS), mask=column < columns)
 
 
 @torch.library.custom_op("fastdreamer::layer_norm_act", mutates_args=())
@@ -79,22 +82,23 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 
 @torch.library.custom_op("fastdreamer::layer_norm_act_backward", mutates_args=())
-def backward(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """dx as x, and dweight over dbias, (2, C) fp32."""
+def backward(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, learned: bool) -> tuple[Tensor, Tensor]:
+    """dx as x, and dweight over dbias, (2, C) fp32; (0, C) where they are not `learned`."""
     dx = torch.empty_like(x)
     columns = x.shape[-1]
     rows, t = x.numel() // columns, tile(columns, elements=1024, per_thread=8)
     count = programs(x.device, cdiv(rows, t.rows))
-    partial = x.new_empty(count, 2, columns, dtype=torch.float32)
+    partial = x.new_empty(count if learned else 0, 2, columns, dtype=torch.float32)
     launch_rows(
-        backward_kernel, t, x, weight, bias, dout, dx, partial, rows=rows, columns=columns, count=count, EPS=eps
-    )
-    return dx, partial.sum(0)
+        backward_kernel, t, x, weight, bias, dout, dx, partial,
+        rows=rows, columns=columns, count=count, EPS=eps, LEARNED=learned,
+    )  # fmt: skip
+    return dx, partial.sum(0) if learned else partial.view(0, columns)
 
 
 @backward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(2, x.shape[-1], dtype=torch.float32)
+def _(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, learned: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(2 if learned else 0, x.shape[-1], dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -104,8 +108,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
-    dx, (dweight, dbias) = backward(x, weight, bias, dout.contiguous(), ctx.eps)
-    return dx, dweight.to(weight.dtype), dbias.to(bias.dtype), None
+    learned = any(ctx.needs_input_grad[1:3])
+    dx, sums = backward(x, weight, bias, dout.contiguous(), ctx.eps, learned)
+    return dx, *((sums[0].to(weight.dtype), sums[1].to(bias.dtype)) if learned else (None, None)), None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
