@@ -79,9 +79,7 @@ class Behavior(nn.Module):
         state, features, policy, actions = start, [start.features()], [], []
         for prior, action in zip(noise.prior, noise.action, strict=True):
             # The actor sees states as given: what it does changes later states only through its actions.
-            with torch.no_grad():
-                policy.append(self.actor(features[-1]))
-            policy[-1].requires_grad_(self.through_dynamics)
+            policy.append(self.actor(features[-1].detach()))
             actions.append(self.distribution(policy[-1]).sample(action))
             state = model.rssm.imagine_step(state, actions[-1], prior)
             features.append(state.features())
@@ -123,7 +121,7 @@ class Behavior(nn.Module):
         entropy = policy.entropy()
         actor = loss = -(weight * (objective + config.entropy * entropy)).mean()
         if self.through_dynamics:
-            # Imagination took the actor's outputs as given: one backward pass through it serves all of its steps.
+            # Down to the actor's outputs, then through the actor once for all of imagination's steps.
             slopes = torch.autograd.grad(loss, trajectory.policy, retain_graph=True)
             actor = (outputs * torch.stack(slopes)).sum()
 
