@@ -22,8 +22,8 @@ SEED ?= 0
 claim: setup
 	@printf '%s\n' mudreamer dreamerv3 | xargs -P 2 -I{} bash -o pipefail -c 'run=runs/claim/{}-$(SEED); \
 		how="--preset demo --background noise --frames 40000 --objective {} --seed $(SEED) --logdir runs/claim --name {}-$(SEED)"; \
-		if [ -e $$run/config.yaml ]; then how="--resume $$run"; fi; \
-		$(BIN)/python -m fastdreamer.train $$how --threads 1 $(ARGS) 2>&1 | sed -u "s/^/{}: /"'
+		if ls $$run/checkpoints/*/manifest.json >/dev/null 2>&1; then how="--resume $$run"; else rm -rf $$run; fi; \
+		$(BIN)/python -m fastdreamer.train $$how --threads 1 $(ARGS) 2>&1 | (trap "" INT; exec sed -u "s/^/{}: /")'
 	$(BIN)/python -m fastdreamer.probe runs/claim/mudreamer-$(SEED) runs/claim/dreamerv3-$(SEED) --episodes 400 \
 		--picture runs/claim/distractors-$(SEED).png
 

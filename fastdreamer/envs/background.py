@@ -241,6 +241,17 @@ class Behind:
         self._composite(out)
 
     def step(self, action: np.ndarray, out: Step) -> None:
+        self._advance(action, out)
+        self._composite(out)
+
+    def skip(self, action: np.ndarray) -> None:
+        # Only a row says where an episode begins.
+        self._advance(action, self._unseen)
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _advance(self, action: np.ndarray, out: Step) -> None:
         self._env.step(action, out)
         for i, first in enumerate(out.is_first.tolist()):
             if first:
@@ -248,14 +259,6 @@ class Behind:
                 self._playing[i] = self._play(i)
             else:
                 self._playing[i].advance(self._repeat)
-        self._composite(out)
-
-    def skip(self, action: np.ndarray) -> None:
-        # Only a row says where an episode begins.
-        self.step(action, self._unseen)
-
-    def close(self) -> None:
-        self._env.close()
 
     def _play(self, i: int) -> Playback:
         return self._backdrop.play(self._seed, self._first_index + i, self._episode[i])

@@ -17,8 +17,10 @@ from fastdreamer.envs.episodic import EpisodicBatch, Observation
 
 _FREE, _, _SLIDE, _HINGE = range(4)
 """MuJoCo's kinds of joints (`mjtJoint`); the second is a ball."""
-_FOLLOWED = ("walker", "cheetah", "hopper")
-"""Domains whose camera follows the joint `rootx`."""
+_FOLLOWED = {
+    "walker": ("rootx",), "cheetah": ("rootx",), "hopper": ("rootx",), "swimmer": ("rootx", "rooty"),
+}  # fmt: skip
+"""By domain the joints that the camera follows."""
 
 
 def build(name: str, config: EnvConfig, seed: int, count: int, first_index: int, videos: str | None) -> EpisodicBatch:
@@ -88,9 +90,10 @@ class DmControl:
 
         `qpos`: positions of joints in metres, hinges as sine and cosine, rotations as the nine entries of their matrix
         (an angle and a quaternion of either sign are the same picture); without what no frame shows, since the camera
-        follows: x of walker, cheetah and hopper, x and y of bodies that move freely. `qvel`: velocities of all degrees
-        of freedom, per second. `contact`, one for each body, the world first: 1 where a geometry of it touches another.
-        Flags and not forces: what MuJoCo holds of contacts belongs to this state, of forces to the substep before.
+        follows: x of walker, cheetah and hopper, x and y of swimmer and of bodies that move freely. `qvel`: velocities
+        of all degrees of freedom, per second. `contact`, one for each body, the world first: 1 where a geometry of it
+        touches another. Flags and not forces: what MuJoCo holds of contacts belongs to this state, of forces to the
+        substep before.
         """
         model, data = self._env.physics.model, self._env.physics.data
         contact = np.zeros(model.nbody, np.float32)
@@ -102,7 +105,7 @@ class DmControl:
         model, data = self._env.physics.model, self._env.physics.data
         kind, start = model.jnt_type[index], model.jnt_qposadr[index]
         if kind == _SLIDE:
-            followed = self._domain in _FOLLOWED and model.id2name(index, "joint") == "rootx"
+            followed = model.id2name(index, "joint") in _FOLLOWED.get(self._domain, ())
             return data.qpos[start : start + (not followed)]
         if kind == _HINGE:
             return np.array([np.sin(data.qpos[start]), np.cos(data.qpos[start])])

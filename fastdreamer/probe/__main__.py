@@ -50,11 +50,13 @@ SAME = ("obs", "action_repeat", "render", "shown_in_evaluation", "env_args")
 """What runs must have in common of their environments to be compared."""
 FLAGS = {"shown_in_evaluation": "--eval-background", "action_repeat": "--action-repeat", "env_args": "--env-args"}
 """The options that are called otherwise."""
+IDENTITY = ("task", "frames", "background", "episodes", "seed")
+"""What two probes of a run have in common that tell of the same."""
 LEAST = 5
 """Episodes of which each side of the split gets one."""
 FEW = 10
 """Rows for each feature of s_t below which a probe is told to have too few."""
-INTERRUPTED = "interrupted; the runs are as they were"
+INTERRUPTED = "interrupted; what was probed so far lies in its run"
 USAGE = "python -m fastdreamer.probe RUN [RUN ...] [--option value ...]"
 EXAMPLES = (
     "python -m fastdreamer.probe runs/<run>",
@@ -70,7 +72,7 @@ Table = tuple[str, list[str], list[list[str]]]
 def check(command: Command, configs: Sequence[Config]) -> list[str]:
     """The words of `--what`. Raises BadInput for a command that cannot be served and for runs that differ in what they
     were shown."""
-    words = [word for word in command.what.split(",") if word]
+    words = [word.strip() for word in command.what.split(",") if word.strip()]
     for word in words:
         if word not in WORDS:
             raise BadInput(f"--what {word} is none of {', '.join(WORDS)}: write some of them with commas between.")
@@ -93,6 +95,12 @@ def check(command: Command, configs: Sequence[Config]) -> list[str]:
                 raise BadInput(
                     f"{command.runs[0]} has {flag} {one} and {path} has {other}: compare runs that see the same."
                 )
+    if command.picture is not None:
+        picture = Path(command.picture)
+        if picture.suffix != ".png" or not picture.parent.is_dir():
+            raise BadInput(f"--picture {picture}: name a .png file in a folder that is there.")
+        if first.env.obs == "vector" or all(config.model.decoder == "off" for config in configs):
+            raise BadInput("--picture needs a run with images and a decoder, and none has one: leave it out.")
     return words
 
 
@@ -144,8 +152,6 @@ def run_command(command: Command) -> None:
     for title, header, rows in tables(list(command.runs), results):
         _print(title, header, rows)
     if command.picture is not None:
-        if len(pictures) < 2:
-            raise BadInput("--picture needs a run with images and a decoder, and none has one: leave it out.")
         _say(f"picture: {picture.draw_frames(Path(command.picture), pictures)}")
 
 
@@ -179,6 +185,8 @@ def probe_run(
 
     observed = observe(agent, episodes, device, seed)
     features, truth = observed.features(real), episodes.truth
+    if not all(bool(values.isfinite().all()) for values in features.values()):
+        raise BadInput(f"{run}: the latent states of this run are not finite, so its weights are broken: leave it out.")
     found: dict[str, Any] = {}
     maps = {}
     frames = picture.drawn(agent, observed, episodes, int(tested.argmax()))
@@ -200,7 +208,9 @@ def probe_run(
             # Another user's run can be probed, too.
             _say(str(error))
     elif truth:
-        maps = linear.probe(features["s"], truth, split).maps
+        # Flags leave no map to follow.
+        mapped = {name: values for name, values in truth.items() if values.dtype != bool}
+        maps = linear.probe(features["s"], mapped, split).maps
     if "rollout" in words:
         # A background is not the model's to foresee.
         followed = {name: read for name, read in maps.items() if name != "background"}
@@ -216,9 +226,10 @@ def tables(names: list[str], results: Sequence[dict[str, Any]]) -> list[Table]:
         rows = []
         for run, result in zip(names, results, strict=True):
             scores = [result["features"][feature] for feature in FEATURES]
-            scores += [result["controls"]["untrained"]["s"], result["controls"]["shuffled"]["s"]]
+            controls = result["controls"]
+            scores += [controls["untrained"]["s"], controls["untrained"]["x"], controls["shuffled"]["s"]]
             rows.append([run, *(_score(each[name]) for each in scores)])
-        header = ["run", *FEATURES.values(), "s_t untrained", "s_t shuffled"]
+        header = ["run", *FEATURES.values(), "s_t untrained", "x_t untrained", "s_t shuffled"]
         found.append((f"{name}, {_kind(first['features']['s'][name])}", header, rows))
     if "rollout" in first:
         found += _rollouts(names, [result["rollout"] for result in results])
@@ -301,9 +312,18 @@ def _say(words: str) -> None:
 
 
 def _write(run: Path, result: dict[str, Any]) -> None:
+    """Writes `probe.json`, with what the one before it tells besides of the same weights and episodes."""
     from fastdreamer.run.records import write_whole
 
     try:
+        before = json.loads((run / "probe.json").read_text())
+    except (OSError, ValueError):
+        before = None
+    if isinstance(before, dict) and all(before.get(name) == result[name] for name in IDENTITY):
+        result = before | result
+    try:
+        if "features" not in result:
+            (run / "probe.png").unlink(missing_ok=True)
         write_whole(run / "probe.json", (json.dumps(_told(result), indent=1) + "\n").encode())
     except OSError as error:
         _say(f"{run / 'probe.json'} cannot be written ({error.strerror})")

@@ -89,7 +89,15 @@ def collect(
         played = []
         for done, who in enumerate(source):
             progress(done)
-            played.append(stage.episode(policies[who], steps))
+            try:
+                played.append(stage.episode(policies[who], steps))
+            except BadInput:
+                raise
+            except Exception as error:
+                if not config.task.startswith("gym/"):
+                    raise
+                kind = type(error).__name__
+                raise BadInput(f"--task {config.task} fails in an episode ({kind}: {error}): mend it.") from error
     rows, truth = ({name: np.concatenate([each[i][name] for each in played]) for name in played[0][i]} for i in (0, 1))
     lengths = [len(each[0]["is_first"]) for each in played]
     return Episodes(rows, truth, np.repeat(np.arange(episodes), lengths), source)

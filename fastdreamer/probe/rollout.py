@@ -106,10 +106,10 @@ def rollout(
 ) -> dict[str, dict[str, Any]]:
     """Errors after SHOWN steps, by step as text, from starts in the episodes `tested`, bool (E,).
 
-    `kl`: nats of the posterior of the row from the prior rolled so far. `reward_error` of the row's reward, and
-    `return_error` of the sum of rewards since the start, both absolute. For each truth that `maps` read off s_t: the
-    score of the rolled states (`rolled`), of the posterior's own (`floor`), and of the state at the start, kept
-    (`persistence`: what a useless model gets). Steps that no episode has are left out.
+    `reward_error` of the row's reward, and `return_error` of the sum of rewards since the start, both absolute. For
+    each truth that `maps` read off s_t: the score of the rolled states (`rolled`), of the posterior's own (`floor`),
+    and of the state at the start, kept (`persistence`: what a useless model gets); and only beside such scores `kl`,
+    nats of the posterior of the row from the prior rolled so far. Steps that no episode has are left out.
     """
     model, device = agent.world_model, observed.embed.device
     padded, lengths = episodes.padded(), episodes.lengths
@@ -136,10 +136,12 @@ def rollout(
         later = at[keep] + k
         kl = agent.ops.kl_balance(observed.posterior[pick[keep], later], prior[keep, k - 1], model.rssm.unimix, 0.0)
         errors: dict[str, Any] = {
-            "kl": float(kl.value.mean()),
             "reward_error": float(wrong[keep, k - 1].abs().mean()),
             "return_error": float(wrong[keep, :k].sum(1).abs().mean()),
         }
+        # By itself it favours latents that hold nothing.
+        if maps:
+            errors = {"kl": float(kl.value.mean())} | errors
         states = {
             "rolled": State(rolled.deter[keep, k - 1], rolled.stoch[keep, k - 1]),
             "floor": State(observed.states.deter[pick[keep], later], observed.states.stoch[pick[keep], later]),

@@ -4,11 +4,14 @@ import json
 import re
 from pathlib import Path
 
+import env_samples
 import pytest
+import torch
 from PIL import Image
 from runs import DEMO, GYM, PIXELS, SAMPLES, run
 
 from fastdreamer.probe import __main__ as probe
+from fastdreamer.probe.rollout import Observed
 
 
 @pytest.fixture(autouse=True)
@@ -52,9 +55,16 @@ def test_runs_are_probed_in_the_same_episodes(demo: Path, capsys: pytest.Capture
     with Image.open(demo / "probe.png") as picture:
         assert picture.width > 500
 
+    # Of other episodes, and then more of the same.
     assert probe.main([str(demo), "--episodes", "10", "--what", "rollout"]) == 0
     assert "R2" not in capsys.readouterr().out
     assert "features" not in json.loads((demo / "probe.json").read_text())
+    assert not (demo / "probe.png").exists()
+    drawn = demo / "drawn.png"
+    assert probe.main([str(demo), "--episodes", "10", "--what", " state", "--picture", str(drawn)]) == 0
+    assert json.loads((demo / "probe.json").read_text()).keys() >= {"features", "controls", "rollout"}
+    with Image.open(drawn) as picture:
+        assert picture.width > 500
 
 
 def test_a_state_vector_is_probed_where_nothing_else_is_known(
@@ -81,6 +91,8 @@ def test_what_cannot_be_probed_is_refused_in_a_sentence(
         (str(demo), "--threads", "-1"): "--threads is -1",
         (str(demo), "--seed", "-1"): "--seed is -1",
         (str(demo), "--background", "videos"): "videos are for dmc/ tasks",
+        (str(demo), "--picture", "drawn.jpg"): "--picture drawn.jpg: name a .png file",
+        (str(frames), "--picture", "drawn.png"): "--picture needs a run with images and a decoder",
         (): "name run folders",
     }.items():
         assert probe.main(list(arguments)) == 2
@@ -88,3 +100,22 @@ def test_what_cannot_be_probed_is_refused_in_a_sentence(
         assert sentence in error
         assert error.count("\n") == 1 or "playing" in error
     assert probe.main([str(frames), "--episodes", "5", "--what", "rollout"]) == 0
+
+
+def test_broken_weights_and_a_failing_environment_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = run([*GYM, "--frames", "30"], tmp_path)
+    command = [str(folder), "--episodes", "6", "--eval-steps", "4"]
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("out of paint")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(env_samples.Vector, "step", fails)
+        assert probe.main(command) == 2
+    assert "fails in an episode (RuntimeError: out of paint): mend it." in capsys.readouterr().err
+    monkeypatch.setattr(Observed, "features", lambda *_: {"s": torch.full((30, 2), torch.nan)})
+    assert probe.main(command) == 2
+    assert "the latent states of this run are not finite" in capsys.readouterr().err
+    assert not (folder / "probe.json").exists()

@@ -89,6 +89,8 @@ def test_errors_are_told_for_steps_that_an_episode_has(
     assert found["1"]["reward_error"] == pytest.approx(np.mean([abs(each[0]) for each in rewards]), rel=1e-5)
     assert found["5"]["return_error"] == pytest.approx(np.mean([abs(each.sum()) for each in rewards]), rel=1e-4)
     assert rollout.rollout(agent, observed, episodes, np.array([False, False, True]), {}, seed=0) == {}
+    # A divergence by itself favours latents that hold nothing.
+    assert "kl" not in rollout.rollout(agent, observed, episodes, tested, {}, seed=0)["1"]
 
     # With the posterior's own logits for the prior's nothing is wrong but the samples.
     monkeypatch.setattr(
@@ -98,6 +100,6 @@ def test_errors_are_told_for_steps_that_an_episode_has(
             observed.posterior[:2].repeat_interleave(rollout.SAMPLES, 0)[:, 5 : 5 + action.shape[1]],
         ),
     )  # fmt: skip
-    found = rollout.rollout(agent, observed, episodes, tested, {}, seed=0)
+    found = rollout.rollout(agent, observed, episodes, tested, {"place": zero}, seed=0)
     assert found["1"]["kl"] == pytest.approx(0, abs=1e-5)
     assert found["5"]["kl"] == pytest.approx(0, abs=1e-5)
