@@ -36,6 +36,21 @@ class Command:
     """File to draw performance profiles into, such as OUT.png: the share of runs that score above each threshold."""
 
 
+@dataclass(frozen=True)
+class Probe:
+    """R2 of linear probes of s_t, by what they read off it (PROBED)."""
+
+    scores: dict[str, float]
+    background: str | None
+    """What was behind the frames that were probed: `noise`, a folder of videos, or nothing."""
+    at: int | None
+    """Frames that the probed agent had trained for, where the run's last are others: it may have trained on since."""
+
+    def shown(self, name: str) -> str:
+        earlier = "" if self.at is None or name not in self.scores else f" (at {self.at:,})"
+        return number(self.scores.get(name)) + earlier
+
+
 USAGE = "python -m fastdreamer.report RUN [RUN ...] [--plot FILE] [--profile FILE]"
 EXAMPLES = (
     "python -m fastdreamer.report runs/<run>",
@@ -54,27 +69,37 @@ def summary(runs: Sequence[Run]) -> tuple[list[Table], list[str]]:
         "in a row; eval: last evaluation, mean ± std over its episodes (over seeds in the rows of means)."
     ]
     if probes:
-        notes.append("R2: of what a linear probe reads off s_t in held-out episodes; 1 is all of it, 0 is nothing.")
+        earlier = any(probe.at is not None for probe in probes.values())
+        notes.append(
+            "R2: of what a linear probe reads off s_t in held-out episodes; 1 is all of it, 0 is nothing"
+            + ("; at: the probed agent's frames, where the row's are others." if earlier else ".")
+        )
+    if any(len(seeds) > 1 and not _alike(seeds, probes) for seeds in _groups(runs).values()):
+        notes.append(
+            "No mean of R2 over seeds where one was probed at other frames than its row's, or two before different "
+            "backgrounds: probe them together, by python -m fastdreamer.probe."
+        )
     return [_runs(runs, probes), *aggregates, *printed], [*notes, *damaged, *repeated, *explained, *quoted_notes]
 
 
-def _runs(runs: Sequence[Run], probes: dict[Path, dict[str, float]]) -> Table:
+def _runs(runs: Sequence[Run], probes: dict[Path, Probe]) -> Table:
     atari = any(run.config.task.startswith("atari/") for run in runs)
-    probed = [name for name in PROBED if any(name in probe for probe in probes.values())]
+    probed = [name for name in PROBED if any(name in probe.scores for probe in probes.values())]
     header = ["task", "method", "seed", "frames", "last", "best", "eval", "updates/s"]
     header += [f"R2 {name}" for name in probed]
     header += (["human-norm."] if atari else []) + ["published"]
     rows: list[list[str]] = []
     for (task, method, _), seeds in _groups(runs).items():
-        found = [[probes.get(run.path, {}).get(name) for run in seeds] for name in probed]
-        for index, run in enumerate(seeds):
+        for run in seeds:
             std = run.evaluation_std[-1] if len(run.evaluation_std) else math.nan
             evaluated = number(run.evaluated) + ("" if math.isnan(std) else f" ± {number(std)}")
             rows.append([task, method, str(run.config.seed), f"{run.frames:,}", number(run.last), number(run.best),
                          evaluated, number(run.updates_per_second)])  # fmt: skip
-            rows[-1] += [number(column[index]) for column in found]
+            rows[-1] += [probes[run.path].shown(name) if run.path in probes else "-" for name in probed]
             rows[-1] += _comparison(seeds[0], run.score, atari)
         if len(seeds) > 1:
+            of_seeds = [probes[run.path] for run in seeds if run.path in probes] if _alike(seeds, probes) else []
+            found = [[probe.scores.get(name) for probe in of_seeds] for name in probed]
             columns = ([run.last for run in seeds], [run.best for run in seeds], [run.evaluated for run in seeds],
                        [run.updates_per_second for run in seeds], *found)  # fmt: skip
             rows.append([task, method, f"mean ± std of {len(seeds)}", f"{min(run.frames for run in seeds):,}"])
@@ -83,33 +108,50 @@ def _runs(runs: Sequence[Run], probes: dict[Path, dict[str, float]]) -> Table:
     return Table("", header, rows)
 
 
-def _probes(runs: Sequence[Run]) -> tuple[dict[Path, dict[str, float]], list[str]]:
+def _alike(seeds: Sequence[Run], probes: dict[Path, Probe]) -> bool:
+    """Whether what probes found of these runs has a mean: all at the frames of the runs, before one background."""
+    found = [probes[run.path] for run in seeds if run.path in probes]
+    return all(probe.at is None for probe in found) and len({probe.background for probe in found}) <= 1
+
+
+def _probes(runs: Sequence[Run]) -> tuple[dict[Path, Probe], list[str]]:
     """What probes of the runs found, by folder, and a sentence for each file that cannot be read."""
     probes, damaged = {}, []
     for run in runs:
         try:
-            if probe := read_probe(run.path):
+            probe = read_probe(run)
+            if probe is not None and probe.scores:
                 probes[run.path] = probe
         except BadInput as error:
             damaged.append(str(error))
     return probes, damaged
 
 
-def read_probe(run: Path) -> dict[str, float]:
-    """R2 of linear probes of s_t by what they read off it (PROBED), from a run's `probe.json`; {} without one.
+def read_probe(run: Run) -> Probe | None:
+    """What a run's `probe.json` says; None without one, or where it holds no features.
 
     Raises BadInput where the file is damaged.
     """
-    path = run / PROBE
+    path = run.path / PROBE
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("features", {}).get("s", {})
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record.get("features", {}).get("s", {})
+        if not found:
+            return None
         scores = {name: found[name].get("r2") for name in PROBED if name in found}
-        return {name: float(score) for name, score in scores.items() if score is not None}
+        frames, background = int(record["frames"]), record.get("background")
+        return Probe(
+            {name: float(score) for name, score in scores.items() if score is not None},
+            None if background is None else str(background),
+            None if frames == run.frames else frames,
+        )
     except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else "it is no result of a probe"
-        raise BadInput(f"{path} cannot be read ({why}): write it again by python -m fastdreamer.probe {run}.") from None
+        raise BadInput(
+            f"{path} cannot be read ({why}): write it again by python -m fastdreamer.probe {run.path}."
+        ) from None
 
 
 def _groups(runs: Sequence[Run]) -> dict[tuple[str, str, int], list[Run]]:
@@ -153,6 +195,7 @@ def _print(tables: Sequence[Table], notes: Sequence[str]) -> None:
             raise ImportError
         from rich.console import Console
         from rich.table import Table as Grid
+        from rich.text import Text
     except ImportError:
         for table in tables:
             if table.title:
@@ -170,7 +213,8 @@ def _print(tables: Sequence[Table], notes: Sequence[str]) -> None:
             console.print(table.title, markup=False)
         grid = Grid(*table.header, box=None, header_style="bold", pad_edge=False)
         for row in table.rows:
-            grid.add_row(*row, style="bold" if row[2].startswith("mean") else "")
+            # As they are: what brackets in them hold, such as a list of --env-args, is no markup.
+            grid.add_row(*map(Text, row), style="bold" if row[2].startswith("mean") else "")
         console.print(grid)
         console.print()
     for note in notes:

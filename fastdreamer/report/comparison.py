@@ -34,6 +34,8 @@ from fastdreamer.run.records import NATURAL, Run
 
 DMC_SCALE = 1000
 """The highest return of an episode of `dmc/`."""
+LISTED = 4
+"""Runs that a note names; of more it says how many."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,30 @@ class Setting:
 
 
 def settings(runs: Sequence[Run]) -> tuple[list[Setting], list[str]]:
-    """Runs that have a score, by setting, and a sentence for each seed that was given more than once."""
+    """Runs that have a finite score, by setting, and sentences: on each seed that was given more than once, on runs
+    that are left out, and on those that have not come to their end."""
     found: dict[str, list[Run]] = {}
+    left_out, short = [], []
     for run in runs:
-        if run.score is not None and math.isfinite(run.score):
-            found.setdefault(_setting_of(run), []).append(run)
+        if run.score is None or not math.isfinite(run.score):
+            left_out.append(f"{run.path} ({'none' if run.score is None else run.score})")
+            continue
+        found.setdefault(_setting_of(run), []).append(run)
+        if run.frames < run.config.run.frames:
+            short.append(f"{run.path} ({run.frames:,} of {run.config.run.frames:,})")
     repeated: list[str] = []
-    return [_setting(name, group, repeated) for name, group in found.items()], list(dict.fromkeys(repeated))
+    grouped = [_setting(name, group, repeated) for name, group in found.items()]
+    notes = list(dict.fromkeys(repeated))
+    if left_out:
+        notes.append(f"Left out of aggregates, for a score that is no finite number: {_listed(left_out)}.")
+    if short:
+        notes.append(f"Not yet trained for all of their frames, but counted like runs that are: {_listed(short)}.")
+    return grouped, notes
+
+
+def _listed(runs: Sequence[str]) -> str:
+    more = f"; and {len(runs) - LISTED} more" if len(runs) > LISTED else ""
+    return "; ".join(runs[:LISTED]) + more
 
 
 def _setting_of(run: Run) -> str:

@@ -26,23 +26,29 @@ which has no place for 0; runs below the lower end are those that the line has l
 
 
 def combined_curve(runs: Sequence[Run], path: Path) -> Path:
-    """Draws one panel a task and one line a method: the mean over seeds of running means, with their std as a band.
+    """Draws one panel a task and background, and one line a method: the mean over seeds of running means, with their
+    std as a band.
 
-    Dashed lines are published scores of the task, where a table has it. Raises BadInput where `path` is unwritable.
+    Dashed lines are published scores of the task before such a background, where a table has them. Raises BadInput
+    where `path` is unwritable.
     """
     from matplotlib.figure import Figure
 
-    tasks = list(dict.fromkeys(run.config.task for run in runs))
+    # Lines published of one background say nothing of runs before another.
+    panels = list(dict.fromkeys((run.config.task, run.background) for run in runs))
+    tasks = [task for task, _ in panels]
     methods = list(dict.fromkeys(run.method for run in runs))
-    columns = min(len(tasks), 4)
-    rows = math.ceil(len(tasks) / columns)
-    size = (7, 4.4) if len(tasks) == 1 else (3.6 * columns, 2.9 * rows + 0.5)
+    columns = min(len(panels), 4)
+    rows = math.ceil(len(panels) / columns)
+    size = (7, 4.4) if len(panels) == 1 else (3.6 * columns, 2.9 * rows + 0.5)
     figure = Figure(figsize=size, layout="constrained")
-    for index, task in enumerate(tasks):
+    for index, (task, background) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         clean(axes, "episode return" if index % columns == 0 else "")
-        axes.set_title(task.partition("/")[2], loc="left", fontsize=10, fontweight="bold")
-        shown = [run for run in runs if run.config.task == task and len(run.episodes.values)]
+        title = task.partition("/")[2] + (f"\n{background or 'no background'}" if tasks.count(task) > 1 else "")
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        shown = [run for run in runs if (run.config.task, run.background) == (task, background)]
+        shown = [run for run in shown if len(run.episodes.values)]
         for method, colour in zip(methods, _cycle(len(methods)), strict=True):
             seeds = [run for run in shown if run.method == method]
             if seeds:

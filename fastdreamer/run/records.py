@@ -25,7 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from fastdreamer.config import NOISE, RECORD_FORMAT, BadInput, Config, defaults, load_config, read_record
+from fastdreamer.config import (
+    NOISE,
+    RECORD_FORMAT,
+    BadInput,
+    Config,
+    EnvConfig,
+    constructor_arguments,
+    defaults,
+    load_config,
+    read_record,
+)
 
 METRICS = "metrics.jsonl"
 PRINTED = "environments"
@@ -259,7 +269,8 @@ class Run:
 
     @property
     def variant(self) -> str:
-        """The options that change what is learned and differ from the preset's, such as `action_head=False`."""
+        """The options that change what is learned, or what of, and differ from the preset's, such as
+        `action_head=False`."""
         config, usual = self.config, defaults(self.config.preset, self.config.task, self.config.objective)
         parts = []
         for section in ("model", "behavior", "optim", "replay"):
@@ -269,6 +280,8 @@ class Run:
                 for name, value in asdict(getattr(config, section)).items()
                 if value != standard[name] and name != "replay_device"
             ]
+        standard = _task_options(usual.env)
+        parts += [f"{name}={value}" for name, value in _task_options(config.env).items() if value != standard[name]]
         return ", ".join(parts)
 
     @property
@@ -296,6 +309,13 @@ class Run:
         if config.env.obs != "pixels":
             parts.append(f"obs={config.env.obs}")
         return ", ".join(part for part in parts if part)
+
+
+def _task_options(env: EnvConfig) -> dict[str, Any]:
+    """What makes another task of one name, so that scores of the two are no seeds of one method."""
+    # Two spellings of one JSON object are one.
+    arguments = json.dumps(constructor_arguments(env.env_args), sort_keys=True)
+    return {"action_repeat": env.action_repeat, "render": env.render, "env_args": arguments}
 
 
 def read_run(path: Path) -> Run:

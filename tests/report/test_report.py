@@ -31,7 +31,15 @@ GAMES = """alien amidar assault asterix bank_heist battle_zone boxing breakout c
 
 
 def make_run(
-    root: Path, task: str, seed: int, returns: list[float], *, evaluation: float | None = None, env=None, model=None
+    root: Path,
+    task: str,
+    seed: int,
+    returns: list[float],
+    *,
+    evaluation: float | None = None,
+    env=None,
+    model=None,
+    frames: int | None = None,
 ) -> Path:
     """A run's folder as the trainer leaves it, with an episode every 10 frames."""
     config = defaults("dmc" if task.startswith("dmc/") else "atari" if task.startswith("atari/") else "demo", task)
@@ -40,6 +48,7 @@ def make_run(
         seed=seed,
         env=dataclasses.replace(config.env, **(env or {})),
         model=dataclasses.replace(config.model, **(model or {})),
+        run=dataclasses.replace(config.run, frames=frames or config.run.frames),
     )
     run = root / f"{task.replace('/', '_')}-{seed}-{len(list(root.iterdir()))}"
     run.mkdir()
@@ -282,8 +291,9 @@ def test_probes_get_columns_and_a_damaged_one_a_sentence(tmp_path):
     assert not any(column.startswith("R2") for column in cells(runs)[0][0])
     qpos, qvel = {"r2": 0.9, "chosen": 10}, {"r2": "nan"}
     probed = {"s": {"qpos": qpos, "qvel": qvel, "contact": {}}, "h": {"background": {"r2": 0.5}}}
-    (runs[0] / report.PROBE).write_text(json.dumps({"seed": 0, "features": probed}))
-    (runs[1] / report.PROBE).write_text(json.dumps({"features": {"s": {"qpos": {"r2": 0.7}, "background": {}}}}))
+    (runs[0] / report.PROBE).write_text(json.dumps({"frames": 30, "seed": 0, "features": probed}))
+    probed = {"s": {"qpos": {"r2": 0.7}, "background": {}}}
+    (runs[1] / report.PROBE).write_text(json.dumps({"frames": 30, "features": probed}))
     (runs[2] / report.PROBE).write_text("{}")
     rows, notes = cells(runs)
     assert [row["R2 qpos"] for row in rows] == ["0.90", "0.70", "-", "-", f"0.80 ± {0.2 / 2**0.5:.2f}"]
@@ -291,12 +301,108 @@ def test_probes_get_columns_and_a_damaged_one_a_sentence(tmp_path):
     assert "R2 background" not in rows[0]
     assert "linear probe" in notes
     for damage in (b"", b"[1]", b"\xff", b'{"features": 3}', b'{"features": {"s": {"qpos": {"r2": "x"}}}}',
-                   b'{"features": {"s": {"qpos": 1}}}', b'{"features": {"s": {"qpos": {"r2": [1]}}}}'):  # fmt: skip
+                   b'{"features": {"s": {"qpos": 1}}}', b'{"features": {"s": {"qpos": {"r2": [1]}}}}',
+                   b'{"features": {"s": {"qpos": {"r2": 1}}}}'):  # fmt: skip
         (runs[1] / report.PROBE).write_bytes(damage)
         rows, notes = cells(runs)
         assert [row["R2 qpos"] for row in rows] == ["0.90", "-", "-", "-", "0.90"]
         path = runs[1] / report.PROBE
         assert f"{path} cannot be read (it is no result of a probe): write it again by python -m fastdreamer" in notes
+
+
+def test_a_probe_of_an_earlier_state_or_another_background_is_in_no_mean(tmp_path):
+    runs = [make_run(tmp_path, "dmc/walker_run", s, [1.0] * 3, evaluation=1.0) for s in range(2)]
+
+    def probed(*found: tuple[int, str | None]) -> tuple[list[str], str]:
+        for run, (frames, shown) in zip(runs, found, strict=True):
+            record = {"frames": frames, "background": shown, "features": {"s": {"qpos": {"r2": frames / 100}}}}
+            (run / report.PROBE).write_text(json.dumps(record))
+        rows, notes = cells(runs)
+        assert {row["R2 qvel"] for row in rows if "R2 qvel" in row} <= {"-"}
+        return [row["R2 qpos"] for row in rows], notes
+
+    alike, notes = probed((30, "noise"), (30, "noise"))
+    assert alike == ["0.30", "0.30", "0.30 ± 0.00"]
+    assert "No mean of R2" not in notes
+    assert "; at: the probed" not in notes
+    stale, notes = probed((30, None), (20, None))
+    assert stale == ["0.30", "0.20 (at 20)", "-"]
+    assert notes.count("No mean of R2") == notes.count("; at: the probed") == 1
+    # Both of an earlier state, even of the same one, are no runs of the frames that the row names.
+    assert probed((20, None), (20, None))[0][-1] == "-"
+    others, notes = probed((30, None), (30, "noise"))
+    assert others == ["0.30", "0.30", "-"]
+    assert notes.count("No mean of R2") == 1
+    assert "; at: the probed" not in notes
+
+
+def test_other_tasks_of_one_name_are_other_methods(tmp_path):
+    """What is drawn, repeated or built otherwise is no seed of the usual, and is marked beside published scores."""
+    runs = [
+        make_run(tmp_path, "dmc/walker_run", s, [1.0], evaluation=e, env=env)
+        for s, e, env in ((0, 100.0, None), (1, 200.0, {"render": "fast"}), (0, 400.0, {"action_repeat": 4}))
+    ]
+    rows, notes = cells(runs)
+    assert [(row["method"], row["eval"]) for row in rows] == [
+        ("mudreamer S", "100.0 ± 2.50"),
+        ("mudreamer S, render=fast", "200.0 ± 2.50"),
+        ("mudreamer S, action_repeat=4", "400.0 ± 2.50"),
+    ]
+    assert "several runs of seed 0" not in notes
+    arguments = (None, "{}", '{"a": 1, "b": [2]}', '{"b":[2],"a":1}', '{"a": 2}')
+    runs = [make_run(tmp_path, "envpool/Catch-v0", s, [1.0], env={"action_repeat": 1}) for s in range(len(arguments))]
+    found = [read_run(run) for run in runs]
+    for i, text in enumerate(arguments):
+        config = found[i].config
+        found[i] = dataclasses.replace(
+            found[i], config=dataclasses.replace(config, env=dataclasses.replace(config.env, env_args=text))
+        )
+    assert [run.variant for run in found] == [
+        "", "", 'env_args={"a": 1, "b": [2]}', 'env_args={"a": 1, "b": [2]}', 'env_args={"a": 2}'
+    ]  # fmt: skip
+
+
+def test_what_brackets_hold_is_no_markup(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    report._print([Table("", ["task", "method", "seed"], [["gym/x", 'env_args={"a": [null], "b": ["[/]"]}', "0"]])], [])
+    assert 'env_args={"a": [null], "b": ["[/]"]}' in capsys.readouterr().out
+
+
+def test_runs_without_a_finite_score_and_short_ones_get_a_sentence_each(tmp_path):
+    whole = [make_run(tmp_path, "dmc/walker_run", s, [1.0] * 3, evaluation=9.0, frames=2050) for s in range(2)]
+    for run in whole:
+        with open(run / METRICS, "a") as file:
+            file.write('\n{"frames": 2050, "eval/return_mean": 9.0}\n')
+    _, notes = cells(whole)
+    assert "Left out" not in notes
+    assert "Not yet trained" not in notes
+    nan = make_run(tmp_path, "dmc/walker_run", 2, [1.0], evaluation=float("nan"))
+    none = make_run(tmp_path, "dmc/walker_run", 3, [])
+    early = [make_run(tmp_path, "dmc/walker_walk", s, [1.0] * 3, frames=5000) for s in range(6)]
+    _, notes = cells([*whole, nan, none, *early])
+    assert f"Left out of aggregates, for a score that is no finite number: {nan} (nan); {none} (none).\n" in notes
+    (line,) = [line for line in notes.splitlines() if line.startswith("Not yet trained for all of their frames")]
+    assert f": {early[0]} (30 of 5,000); " in line
+    assert line.endswith(f"; {early[3]} (30 of 5,000); and 2 more.")
+
+
+def test_published_lines_stand_beside_curves_of_their_background_only(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path, _: drawn.append(figure) or path)
+    shown = [BACKGROUND, {"background": "noise"}, None]
+    runs = [read_run(make_run(tmp_path, "dmc/walker_walk", 0, [1.0] * 30, env=env)) for env in shown]
+    for each in (runs, runs[::-1]):
+        figures.combined_curve(each, tmp_path / "all.png")
+        lines = {panel.get_title("left"): [line.get_label() for line in panel.lines] for panel in drawn.pop().axes}
+        published_lines = [f"{name}, published" for name in figures.DRAWN]
+        assert lines == {
+            "walker_walk\nnatural background": ["mudreamer S, natural background", *published_lines],
+            "walker_walk\nnoise background": ["mudreamer S, noise background"],
+            "walker_walk\nno background": ["mudreamer S"],
+        }
+    figures.combined_curve(runs[:1], tmp_path / "all.png")
+    assert [panel.get_title("left") for panel in drawn.pop().axes] == ["walker_walk"]
 
 
 def test_profiles_draw_a_line_and_its_band(tmp_path):
