@@ -13,8 +13,9 @@ from fastdreamer.probe.rollout import Observed
 from fastdreamer.run.pictures import COLOURS, GREY, clean, save
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-    from matplotlib.gridspec import GridSpec
+    from collections.abc import Iterable
+
+    from matplotlib.figure import SubFigure
 
 FRAMES = 8
 METRICS = {"r2": "R2", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
@@ -49,10 +50,10 @@ def draw(path: Path, title: str, frames: list[tuple[str, np.ndarray]], features:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 3.4 + 1.05 * len(frames)), layout="constrained")
-    grid = figure.add_gridspec(len(frames) + 1, FRAMES, height_ratios=[1] * len(frames) + [3])
+    *rows, below = figure.subfigures(len(frames) + 1, 1, height_ratios=[1] * len(frames) + [3], squeeze=False)[:, 0]
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-    _rows(figure, grid, frames)
-    axes = figure.add_subplot(grid[len(frames), :])
+    _rows(rows, frames)
+    axes = below.subplots()
     clean(axes, "test episodes")
     told = {
         name: kind for name in dict.fromkeys(name for scores in features.values() for name in scores)
@@ -77,16 +78,15 @@ def draw_frames(path: Path, frames: list[tuple[str, np.ndarray]]) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.25 * len(frames)), layout="constrained")
-    _rows(figure, figure.add_gridspec(len(frames), FRAMES), frames)
+    _rows(figure.subfigures(len(frames), 1, squeeze=False)[:, 0], frames)
     return save(figure, path, "name a .png file in a folder that is there by --picture")
 
 
-def _rows(figure: "Figure", grid: "GridSpec", frames: list[tuple[str, np.ndarray]]) -> None:
-    for row, (name, images) in enumerate(frames):
-        for column, image in enumerate(images):
-            axes = figure.add_subplot(grid[row, column])
+def _rows(figures: "Iterable[SubFigure]", frames: list[tuple[str, np.ndarray]]) -> None:
+    # A title of the first frame's own would widen its column.
+    for figure, (name, images) in zip(figures, frames, strict=True):
+        figure.suptitle(name, x=0.01, ha="left", fontsize=9)
+        for axes, image in zip(figure.subplots(1, FRAMES), images, strict=True):
             axes.imshow(image)
             axes.set_xticks([])
             axes.set_yticks([])
-            if column == 0:
-                axes.set_title(name, loc="left", fontsize=9)
