@@ -161,6 +161,13 @@ def attach(parts: Parts, agent: Agent, optimizers: Optimizers) -> None:
     scalars = {name: parts.within("critic", getattr(behavior.ops, name)) for name in ("twohot_loss", "twohot_mean")}
     returns = parts.within("critic", behavior.ops.lambda_return)
     parts.replace(behavior, "ops", behavior.ops._replace(**scalars, lambda_return=returns))
+    through = behavior.through_actor
+
+    def attributed_through(loss: Tensor, *outputs: Any) -> Tensor:
+        parts.attribute(loss)
+        return through(loss, *outputs)
+
+    parts.replace(behavior, "through_actor", attributed_through)
     for optimizer in optimizers:
         parts.wrap(optimizer, "apply", "optimise")
         collect = parts.within("optimise", optimizer.collect, around=True)

@@ -121,9 +121,7 @@ class Behavior(nn.Module):
         entropy = policy.entropy()
         actor = loss = -(weight * (objective + config.entropy * entropy)).mean()
         if self.through_dynamics:
-            # Down to the actor's outputs, then through the actor once for all of imagination's steps.
-            slopes = torch.autograd.grad(loss, trajectory.policy, retain_graph=True)
-            actor = (outputs * torch.stack(slopes)).sum()
+            actor = self.through_actor(loss, trajectory.policy, outputs)
 
         critic = TwoHot(logits[:-1], self.ops)
         with torch.no_grad():
@@ -141,6 +139,15 @@ class Behavior(nn.Module):
             "advantage": advantage.abs().mean(),
         }
         return BehaviorLoss(actor, critic_loss, {name: part.detach() for name, part in parts.items()})
+
+    def through_actor(self, loss: Tensor, imagined: list[Tensor], outputs: Tensor) -> Tensor:
+        """What has the gradient of `loss` for the actor, whose outputs were `imagined`, H times (N, P).
+
+        Backward from the loss to them, step by step, and then through the actor once for all steps, from the same
+        outputs (H, N, P) as it gives them to all states at once.
+        """
+        slopes = torch.autograd.grad(loss, imagined, retain_graph=True)
+        return (outputs * torch.stack(slopes)).sum()
 
     def update_return_scale(self, returns: Tensor) -> Tensor:
         """max(1, range of returns between their 5 % and 95 % percentiles), after the range's EMA took `returns` in."""
