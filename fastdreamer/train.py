@@ -41,7 +41,10 @@ def run_command(command: Command, why: str) -> None:
                 )
                 return
         parts = stack.enter_context(build(config))
-        saved = {"agent": parts.agent.state_dict(), "optimizers": [each.state() for each in parts.optimizers]}
+        saved = {
+            "agent": parts.optimizers.weights(parts.agent),
+            "optimizers": [each.state() for each in parts.optimizers],
+        }
         checkpoint.check_room(resumed or Path(config.run.logdir), saved, parts.replay)
         if resumed is not None:
             folder = resumed

@@ -53,14 +53,22 @@ class Agent(nn.Module):
         if self.value_teacher is not None:
             self.value_teacher.requires_grad_(False)
 
-    def make_optimizers(self) -> "Optimizers":
+    def make_optimizers(self, *, narrow: bool = False) -> "Optimizers":
         """The three optimisers, whose steps also move the slow copies of value head and critic.
 
-        The agent's parameters move into vectors of theirs, so make them where the agent is to stay.
+        The agent's parameters move into vectors of theirs, so make them where the agent is to stay. With `narrow` what
+        products and convolutions read becomes bfloat16: for autocast's precision without its casts.
         """
         optim, value, critic = self.config.optim, self.world_model.value, self.behavior.critic
+        layers = [m for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+        chosen = [p for layer in layers for p in layer.parameters()] if narrow else []
         behavior = partial(
-            Optimizer, ops=self.ops, lr=optim.behavior_lr, eps=optim.behavior_eps, clip=optim.behavior_clip
+            Optimizer,
+            ops=self.ops,
+            lr=optim.behavior_lr,
+            eps=optim.behavior_eps,
+            clip=optim.behavior_clip,
+            narrow=chosen,
         )
         slow_critic = zip(self.behavior.slow_critic.parameters(), critic.parameters(), strict=True)
         teacher = []
@@ -75,6 +83,7 @@ class Agent(nn.Module):
                 clip=optim.model_clip,
                 slow=teacher,
                 rate=self.config.model.teacher_ema,
+                narrow=chosen,
             ),
             actor=behavior(self.behavior.actor.parameters()),
             critic=behavior(critic.parameters(), slow=slow_critic, rate=self.config.behavior.ema),
@@ -162,3 +171,15 @@ class Optimizers(NamedTuple):
     model: Optimizer
     actor: Optimizer
     critic: Optimizer
+
+    def weights(self, agent: Agent) -> dict[str, Tensor]:
+        """The agent's parameters and buffers by name, as they are kept in float32: what a checkpoint keeps."""
+        originals = {id(param): original for each in self for param, original in each.originals()}
+        return {name: originals.get(id(x), x.detach()) for name, x in agent.state_dict(keep_vars=True).items()}
+
+    def load_weights(self, agent: Agent, weights: dict[str, Tensor]) -> None:
+        """Takes over what `weights` gave. Raises RuntimeError for other names or shapes."""
+        agent.load_state_dict(weights)
+        with torch.no_grad():
+            for name, original in self.weights(agent).items():
+                original.copy_(weights[name])

@@ -1,7 +1,7 @@
 """Gradient steps: a network's parameters in one vector, global-norm clipping, Adam, and slow copies of networks."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from fastdreamer_kernels.adam_step.collect import collect
@@ -11,16 +11,21 @@ from torch import Tensor, nn
 BETA1, BETA2 = 0.9, 0.999
 ALIGNMENT = 64
 """Each parameter begins at a multiple of so many elements (256 bytes in float32), as if allocated by itself."""
+ROW = 8
+"""Rows of narrow matrices begin at multiples of so many elements (16 bytes): as many as products read at once."""
 
 
 class Optimizer:
     """Adam over some parameters, with their gradient clipped to a global norm, and slow copies that follow them.
 
-    The parameters move into one vector (each keeps its shape and strides, and is a view of it from then on), so that a
-    step is a few launches however many there are. Gradients are taken with respect to these parameters alone, so a
-    loss that passes through other networks (the actor's, through the world model) never reaches theirs.
+    The parameters move into one vector (each keeps its shape and, unless narrow, its strides, and is a view of it from
+    then on), so that a step is a few launches however many there are. Gradients are taken with respect to these
+    parameters alone, so a loss that passes through other networks (the actor's, through the world model) never reaches
+    theirs.
 
     `slow`: pairs of a slow copy and the parameter it follows; after each step it moves towards it by `rate`.
+    `narrow`: those of the parameters that become bfloat16, with their slow copies, as a product reads them: rounded in
+    each step from what the vector keeps of them in float32 (Micikevicius et al., "Mixed precision training", 3.1).
     """
 
     def __init__(
@@ -33,15 +38,20 @@ class Optimizer:
         clip: float,
         slow: Iterable[tuple[nn.Parameter, nn.Parameter]] = (),
         rate: float = 0.0,
+        narrow: Iterable[nn.Parameter] = (),
     ):
-        pairs = list(slow)
+        pairs, narrowed = list(slow), {id(p) for p in narrow}
         followed = [fast for _, fast in pairs]
         others = [p for p in params if p.requires_grad and not any(p is fast for fast in followed)]
         # The followed ones come first: slow copies lie as the beginning of this vector does.
-        self.params = followed + others
+        self.params, self.copies = followed + others, [copy for copy, _ in pairs]
         self.ops, self.lr, self.eps, self.clip, self.rate = ops, lr, eps, clip, rate
-        self.param = join(self.params)
-        self.slow = join([copy for copy, _ in pairs]) if pairs else None
+        which = [id(p) in narrowed for p in self.params]
+        self.places = arrange(self.params, ROW if any(which) else 1)
+        self.param, self.narrow = join(self.params, which, self.places)
+        self.slow = self.slow_narrow = None
+        if pairs:
+            self.slow, self.slow_narrow = join(self.copies, which[: len(pairs)], self.places[: len(pairs)])
         self.grad, self.mean, self.square = (torch.zeros_like(self.param) for _ in range(3))
         self.steps = torch.zeros((), device=self.param.device)
 
@@ -74,25 +84,77 @@ class Optimizer:
             eps=self.eps,
             clip=self.clip,
             rate=self.rate,
+            narrow=self.narrow,
+            slow_narrow=self.slow_narrow,
         )
 
+    def originals(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Parameters and slow copies, each with what is kept of it in float32 (where it is not narrow, itself)."""
+        for params, vector in ((self.params, self.param), (self.copies, self.slow)):
+            for param, place in zip(params, self.places, strict=False):
+                assert vector is not None
+                yield param, place.of(vector)
+
     def state(self) -> dict[str, Any]:
-        """Adam's moments and step count: what a checkpoint keeps. Learning rates stay options."""
-        return {"mean": self.mean, "square": self.square, "steps": self.steps}
+        """Adam's moments and step count: what a checkpoint keeps, whatever is narrow. Rates stay options."""
+        return {"mean": self._packed(self.mean), "square": self._packed(self.square), "steps": self.steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        for name, value in self.state().items():
-            value.copy_(state[name])
+        """Takes over what `state` gave."""
+        self.steps.copy_(state["steps"])
+        for vector, packed in ((self.mean, state["mean"]), (self.square, state["square"])):
+            for place, there in zip(self.places, arrange(self.params, 1), strict=True):
+                place.of(vector).copy_(there.of(packed))
+
+    def _packed(self, vector: Tensor) -> Tensor:
+        """A vector that lies as this optimiser's do, as it would lie if no parameter were narrow: without wide rows."""
+        plain = arrange(self.params, 1)
+        if plain == self.places:
+            return vector
+        packed = vector.new_zeros(size(plain))
+        for place, there in zip(self.places, plain, strict=True):
+            there.of(packed).copy_(place.of(vector))
+        return packed
+
+
+class Place(NamedTuple):
+    """Where a parameter lies in a vector."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+    end: int
+
+    def of(self, vector: Tensor) -> Tensor:
+        return torch.as_strided(vector, self.shape, self.strides, self.start)
+
+
+def arrange(params: list[nn.Parameter], row: int) -> list[Place]:
+    """One parameter after another, with its own strides, but a matrix's rows begin at multiples of `row` elements."""
+    places: list[Place] = []
+    for param in params:
+        start, strides, length = size(places), param.stride(), param.numel()
+        if param.ndim == 2:
+            rows, columns = param.shape
+            strides = (-(-columns // row) * row, 1)
+            length = rows * strides[0]
+        places.append(Place(tuple(param.shape), strides, start, start + length))
+    return places
+
+
+def size(places: list[Place]) -> int:
+    """How long a vector is in which parameters lie so."""
+    return -(-places[-1].end // ALIGNMENT) * ALIGNMENT if places else 0
 
 
 @torch.no_grad()
-def join(params: list[nn.Parameter]) -> Tensor:
-    """Moves parameters into one new vector, and makes them views of it. Gaps between them are zero."""
-    starts, end = [], 0
-    for param in params:
-        starts.append(end)
-        end += -(-param.numel() // ALIGNMENT) * ALIGNMENT
-    vector = params[0].new_zeros(end)
-    for param, start in zip(params, starts, strict=True):
-        param.data = torch.as_strided(vector, param.shape, param.stride(), start).copy_(param)
-    return vector
+def join(params: list[nn.Parameter], narrow: list[bool], places: list[Place]) -> tuple[Tensor, Tensor | None]:
+    """Moves parameters into one new vector and makes them views of it, gaps between them being zero; those that are
+    narrow into views of its copy in bfloat16, which is the second result where there are any."""
+    vector = params[0].new_zeros(size(places))
+    for param, place in zip(params, places, strict=True):
+        place.of(vector).copy_(param)
+    copy = vector.bfloat16() if any(narrow) else None
+    for param, place, chosen in zip(params, places, narrow, strict=True):
+        param.data = place.of(copy if chosen and copy is not None else vector)
+    return vector, copy

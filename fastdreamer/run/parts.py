@@ -169,7 +169,7 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
     device, spaces, optim = runtime.device, environments.spaces, config.optim
     operations = load_ops(config, runtime)
     agent = build_agent(config, spaces, operations, device)
-    optimizers = agent.make_optimizers()
+    optimizers = agent.make_optimizers(narrow=runtime.narrow)
     place = choose_replay_device(config, spaces, device)
     replay = make_replay(config, spaces, operations, place, near=place == device)
     streams = {"learn": (device, LEARN_STREAM), "act": (device, ACT_STREAM), "replay": (replay.device, REPLAY_STREAM)}

@@ -242,7 +242,7 @@ class Trainer:
         self.acting.refresh()
         state = {
             "spaces": asdict(self.envs.spaces),
-            "agent": self.agent.state_dict(),
+            "agent": self.parts.optimizers.weights(self.agent),
             "optimizers": {k: v.state() for k, v in self.parts.optimizers._asdict().items()},
             "generators": {k: v.get_state() for k, v in self.parts.generators.items()},
             "learner": learner,
@@ -262,7 +262,7 @@ class Trainer:
         """Takes the last good checkpoint up. Raises BadInput."""
         assert self.checkpoints is not None
         state = self.checkpoints.load(replay=self.replay, expected=shapes({"agent": self.agent.state_dict()}))
-        self.agent.load_state_dict(state["agent"])
+        self.parts.optimizers.load_weights(self.agent, state["agent"])
         for name, optimizer in self.parts.optimizers._asdict().items():
             optimizer.load(state["optimizers"][name])
         self.learner.load(state["learner"])

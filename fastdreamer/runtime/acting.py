@@ -122,7 +122,8 @@ class Acting:
         if not self._mine:
             return
         with torch.no_grad():
-            torch._foreach_copy_(self._mine, self._theirs)  # pyright: ignore
+            for mine, theirs in zip(self._mine, self._theirs, strict=True):
+                torch._foreach_copy_(mine, theirs)  # pyright: ignore
         if self._stream is not None:
             self._fresh = torch.cuda.Event()
             self._fresh.record()
@@ -133,21 +134,31 @@ class Acting:
             yield
 
 
-def snapshot(module: nn.Module) -> tuple[nn.Module, list[Tensor], list[Tensor]]:
-    """A copy of a module, its memory as flat tensors, and the module's own in the same order.
+def snapshot(module: nn.Module) -> tuple[nn.Module, list[list[Tensor]], list[list[Tensor]]]:
+    """A copy of a module, its memory, and the module's own in the same order: lists of tensors of one dtype each.
 
-    They are few, for the parameters that one optimiser steps lie in one vector, and lie so in the copy, too.
+    They are few, for the parameters that one optimiser steps lie in one vector, and lie so in the copy, too. What fills
+    little of a vector (its numbers are not what is used of most parameters) is copied one by one.
     """
     # What was compiled of it is the original's.
     memo: dict[int, Any] = {id(value): value for value in vars(module).values() if callable(value)}
     copied = copy.deepcopy(module, memo)
-    pieces: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = {}
+    pieces: dict[tuple[int, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     owned, own = ((*each.parameters(), *each.buffers()) for each in (module, copied))
     for theirs, mine in zip(owned, own, strict=True):
-        storage, key = theirs.untyped_storage(), (theirs.untyped_storage().data_ptr(), theirs.dtype)
-        if key not in pieces:
-            size = storage.nbytes() // theirs.element_size()
-            flat = torch.as_strided(theirs.detach(), (size,), (1,), 0)
-            pieces[key] = flat.clone(), flat
-        mine.data = torch.as_strided(pieces[key][0], theirs.shape, theirs.stride(), theirs.storage_offset())
-    return copied, [mine for mine, _ in pieces.values()], [theirs for _, theirs in pieces.values()]
+        pieces.setdefault((theirs.untyped_storage().data_ptr(), theirs.dtype), []).append((mine, theirs.detach()))
+    pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
+    for (_, dtype), piece in pieces.items():
+        length = piece[0][1].untyped_storage().nbytes() // dtype.itemsize
+        if 2 * sum(theirs.numel() for _, theirs in piece) >= length:
+            flat = torch.as_strided(piece[0][1], (length,), (1,), 0)
+            fresh = flat.clone()
+            pairs.setdefault(dtype, []).append((fresh, flat))
+            for mine, theirs in piece:
+                mine.data = torch.as_strided(fresh, theirs.shape, theirs.stride(), theirs.storage_offset())
+        else:
+            for mine, theirs in piece:
+                mine.data = theirs.clone()
+                pairs.setdefault(dtype, []).append((mine.data, theirs))
+    groups = pairs.values()
+    return copied, [[mine for mine, _ in each] for each in groups], [[theirs for _, theirs in each] for each in groups]

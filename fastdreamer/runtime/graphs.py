@@ -171,6 +171,12 @@ class Runtime:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=self._keeps_casts)
 
+    @property
+    def narrow(self) -> bool:
+        """Whether weights are kept as products read them, beside what they are rounded from: a recorded update would
+        make the same casts in every replay, and in every step that uses them."""
+        return self.precision == "bf16" and self.record is not None
+
     def operations(self, plain: Ops) -> Ops:
         """The operations that the algorithm gets: compiled one by one where that is what `compile` means."""
         ops = plain

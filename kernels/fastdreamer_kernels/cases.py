@@ -156,8 +156,13 @@ def gather_sequences(
     }
 
 
-def adam_step(draw: Draw, parameters: int, slow: int) -> Inputs:
+def adam_step(draw: Draw, parameters: int, slow: int, narrow: bool = False) -> Inputs:
+    """`narrow`: with copies in bfloat16, of the slow copy too where there is one."""
     wide = torch.promote_types(draw.dtype, torch.float32)
+
+    def copies(count: int) -> Tensor | None:
+        return torch.zeros(count, dtype=torch.bfloat16, device=draw.device) if narrow and count else None
+
     return {
         "param": draw.normal(parameters, dtype=wide),
         "grad": draw.normal(parameters, dtype=wide),
@@ -165,6 +170,8 @@ def adam_step(draw: Draw, parameters: int, slow: int) -> Inputs:
         "square": draw.normal(parameters, std=0.1, dtype=wide).square(),
         "step": torch.full((), 2.0, dtype=wide, device=draw.device),
         "slow": draw.normal(slow, dtype=wide) if slow else None,
+        "narrow": copies(parameters),
+        "slow_narrow": copies(slow),
         # As long a step as lets a test see what an error would do; the clip binds.
         "lr": 1e-2,
         "beta1": 0.9,
@@ -274,7 +281,7 @@ IDLE_BACKWARD = {
 """Which arguments a backward pass has no need to read."""
 WRITTEN = {
     "batch_norm_act": ("running_mean", "running_var"),
-    "adam_step": ("param", "mean", "square", "step", "slow"),
+    "adam_step": ("param", "mean", "square", "step", "slow", "narrow", "slow_narrow"),
     "rssm_observe": ("running_mean", "running_var"),
 }
 """Which arguments an operation changes in place."""
@@ -390,6 +397,8 @@ def preset(size: str) -> list[Case]:
             )
             for label, norm in (("BatchNorm", True), ("LayerNorm", False))
         ),
-        case("adam_step", "world model", parameters=-(-w.model // 64) * 64, slow=0),
-        case("adam_step", "critic", parameters=-(-w.critic // 64) * 64, slow=-(-w.critic // 64) * 64),
+        case("adam_step", "world model", parameters=-(-w.model // 64) * 64, slow=0, narrow=True),
+        case(
+            "adam_step", "critic", parameters=-(-w.critic // 64) * 64, slow=-(-w.critic // 64) * 64, narrow=True
+        ),
     ]  # fmt: skip

@@ -81,6 +81,8 @@ class AdamStep(Protocol):
         eps: float,
         clip: float,
         rate: float,
+        narrow: Tensor | None = None,
+        slow_narrow: Tensor | None = None,
     ) -> Tensor: ...
 
 

@@ -72,3 +72,47 @@ def test_state_goes_on_where_it_was() -> None:
     for optimizer, net in zip((first, second), nets, strict=True):
         optimizer.step(net(x).sum())
     assert torch.equal(first.param, second.param)
+
+
+def test_narrow_parameters_are_rounded_from_what_steps_move() -> None:
+    """Under autocast nothing else changes: products read the same numbers, and steps too small for bfloat16 add up."""
+    net, twin = Net(), Net()
+    slows = Net().last, Net().last
+    both = []
+    for each, slow, narrow in ((net, slows[0], True), (twin, slows[1], False)):
+        pairs = zip(slow.parameters(), each.last.parameters(), strict=True)
+        chosen = [*each.hidden.parameters(), *each.last.parameters()] if narrow else []
+        both.append(Optimizer(each.parameters(), OPS, lr=1e-5, eps=1e-8, clip=1e9, slow=pairs, rate=0.5, narrow=chosen))
+    x = torch.randn(7, 3, 4, 4)
+    for _ in range(30):
+        for each, optimizer in zip((net, twin), both, strict=True):
+            with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+                optimizer.step(each(x).float().square().mean())
+    narrow, plain = both
+    assert net.hidden.weight.dtype == torch.bfloat16
+    assert net.hidden.weight.stride() == (8, 1)
+    assert slows[0].weight.dtype == torch.bfloat16
+    originals = dict(narrow.originals())
+    for mine, theirs in zip(
+        (*net.parameters(), *slows[0].parameters()), (*twin.parameters(), *slows[1].parameters()), strict=True
+    ):
+        torch.testing.assert_close(originals[mine], theirs.detach())
+        assert torch.equal(mine, originals[mine].to(mine.dtype))
+    for name, value in plain.state().items():
+        torch.testing.assert_close(narrow.state()[name], value)
+    moved = (twin.hidden.weight - Net().hidden.weight).abs()
+    assert (moved < 2**-9 * twin.hidden.weight.abs()).any()
+
+
+def test_state_goes_on_whatever_is_narrow() -> None:
+    """What a checkpoint keeps is laid out alike, so that a run may go on in another precision."""
+    nets = Net(), Net(), Net()
+    first, second, third = (
+        Optimizer(net.parameters(), OPS, lr=1e-2, eps=1e-8, clip=1.0, narrow=chosen)
+        for net, chosen in zip(nets, ((), nets[1].hidden.parameters(), ()), strict=True)
+    )
+    first.step(nets[0](torch.randn(2, 3, 4, 4)).sum())
+    second.load({name: value.clone() for name, value in first.state().items()})
+    third.load({name: value.clone() for name, value in second.state().items()})
+    for name, value in first.state().items():
+        assert torch.equal(third.state()[name], value)

@@ -61,6 +61,7 @@ AWKWARD = [
     ),
     observe("odd", 13, 3, 11, 3, 30, 29, 5, 7, 1, 1),
     Case("adam_step", "odd", {"parameters": 3001, "slow": 1999}),
+    Case("adam_step", "narrow copies", {"parameters": 1025, "slow": 77, "narrow": True}),
 ]
 # One row, one column, powers of two, the edges between a kernel's ways.
 OTHERS = [
@@ -126,7 +127,7 @@ RANGES = {
     "rows": (1, 70), "deter": (1, 70), "stoch": (1, 9), "classes": (2, 40), "columns": (2, 90), "bins": (2, 90),
     "steps": (1, 20), "ring": (1, 30), "batch": (1, 4), "length": (1, 5), "image": (0, 12), "vector": (0, 9),
     "action": (1, 9), "parameters": (1, 3000), "slow": (0, 1), "batch_stats": (0, 1), "last": (0, 1), "shift": (0, 1),
-    "embed": (1, 30), "units": (3, 30), "batch_norm": (0, 1),
+    "embed": (1, 30), "units": (3, 30), "batch_norm": (0, 1), "narrow": (0, 1),
 }  # fmt: skip
 """Least and most of each size that a random shape may have."""
 

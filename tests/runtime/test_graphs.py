@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from fastdreamer_kernels import ops
 from fastdreamer_kernels.rssm_observe.hoisted import _Product
 from torch import Tensor, nn
 
-from fastdreamer.algorithm.optim import join
+from fastdreamer.algorithm.optim import Optimizer, join
 from fastdreamer.envs.base import Spaces, Step
 from fastdreamer.runtime import graphs
 from fastdreamer.runtime.acting import Acting, snapshot
@@ -58,7 +59,7 @@ def test_the_first_error_is_the_reason() -> None:
 def test_the_reason_names_our_line_and_where_there_are_no_words() -> None:
     """Python's own words for nothing to join; and an assertion without any."""
     with pytest.raises(IndexError) as caught:
-        join([])
+        join([], [], [])
     assert re.fullmatch(
         r"IndexError: list index out of range \(algorithm/optim\.py:\d+ in join\)", reason(caught.value)
     )
@@ -124,18 +125,23 @@ def test_a_product_goes_with_its_results() -> None:
 
 
 def test_a_snapshot_is_as_few_pieces_as_the_weights_lie_in() -> None:
-    module: nn.Module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    module: nn.Module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Linear(8, 200))
     module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    join([*module.parameters()])
+    Optimizer(module.parameters(), ops.load("reference"), lr=1.0, eps=1.0, clip=1.0, narrow=module[2].parameters())
     copied, mine, theirs = snapshot(module)
-    # One vector, running mean and variance, and a count.
-    assert [piece.dtype for piece in mine] == [torch.float32] * 3 + [torch.int64]
+    # The narrow vector; what is not narrow of it, running mean and variance, each by itself, and a count.
+    sizes = {group[0].dtype: sum(piece.numel() for piece in group) for group in mine}
+    assert sizes[torch.float32] == 3 * 4 * 4 + 4 + 4 * 4
+    assert sizes[torch.bfloat16] >= 8 * 200 + 200
+    assert sizes[torch.int64] == 1
+    assert [len(group) for group in mine] == [6, 1, 1]
     with torch.no_grad():
         for i, tensor in enumerate((*module.parameters(), *module.buffers())):
             tensor.fill_(i)
         before = copied.state_dict()
         assert not torch.equal(before["2.weight"], module.state_dict()["2.weight"])
-        torch._foreach_copy_(mine, theirs)  # pyright: ignore[reportPrivateImportUsage]
+        for own, others in zip(mine, theirs, strict=True):
+            torch._foreach_copy_(own, others)  # pyright: ignore[reportPrivateImportUsage]
     for name, value in module.state_dict().items():
         assert torch.equal(copied.state_dict()[name], value)
         assert copied.state_dict()[name].stride() == value.stride()

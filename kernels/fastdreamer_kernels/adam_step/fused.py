@@ -1,4 +1,4 @@
-"""The optimiser's tail in two launches: partial norms, then clipping, Adam and the slow copy in one pass."""
+"""The optimiser's tail in two launches: partial norms, then clipping, Adam and all copies in one pass."""
 
 import math
 
@@ -7,11 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import expm1, read
+from fastdreamer_kernels.blocks import expm1, read, write
 from fastdreamer_kernels.launch import check, check_shapes, launch
 from fastdreamer_kernels.machine import cdiv
 
 BLOCK, PARTIALS = 1024, 512
+WRITTEN = ("param", "mean", "square", "step", "slow", "narrow", "slow_narrow")
 
 
 @triton.jit
@@ -38,6 +39,8 @@ def step_kernel(
     square_ptr,
     step_ptr,
     slow_ptr,
+    narrow_ptr,
+    slow_narrow_ptr,
     partial_ptr,
     norm_ptr,
     size,
@@ -51,6 +54,8 @@ def step_kernel(
     EPS: tl.constexpr,
     CLIP: tl.constexpr,
     RATE: tl.constexpr,
+    NARROW: tl.constexpr,
+    SLOW_NARROW: tl.constexpr,
     PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -77,12 +82,17 @@ def step_kernel(
     tl.store(mean_ptr + at, mean, mask=inside)
     tl.store(square_ptr + at, square, mask=inside)
     tl.store(param_ptr + at, param, mask=inside)
-    tl.store(slow_ptr + at, slow + (param - slow) * RATE, mask=at < slow_size)
+    slow += (param - slow) * RATE
+    tl.store(slow_ptr + at, slow, mask=at < slow_size)
+    if NARROW:
+        write(narrow_ptr, at, param, inside)
+    if SLOW_NARROW:
+        write(slow_narrow_ptr, at, slow, at < slow_size)
     if tl.program_id(0) == 0:
         tl.store(norm_ptr, norm)
 
 
-@torch.library.custom_op("fastdreamer::adam_step", mutates_args=("param", "mean", "square", "step", "slow"))
+@torch.library.custom_op("fastdreamer::adam_step", mutates_args=WRITTEN)
 def _step(
     param: Tensor,
     grad: Tensor,
@@ -90,6 +100,8 @@ def _step(
     square: Tensor,
     step: Tensor,
     slow: Tensor | None,
+    narrow: Tensor | None,
+    slow_narrow: Tensor | None,
     lr: float,
     beta1: float,
     beta2: float,
@@ -104,7 +116,16 @@ def _step(
     launch(
         step_kernel,
         (cdiv(size, BLOCK),),
-        *(param, grad, mean, square, step, param if slow is None else slow, partial, norm),
+        *(
+            param,
+            grad,
+            mean,
+            square,
+            step,
+            *(param if x is None else x for x in (slow, narrow, slow_narrow)),
+            partial,
+            norm,
+        ),
         *(size, 0 if slow is None else slow.numel(), count),
         num_warps=4,
         LR=lr,
@@ -115,6 +136,8 @@ def _step(
         EPS=eps,
         CLIP=clip,
         RATE=rate,
+        NARROW=narrow is not None,
+        SLOW_NARROW=slow_narrow is not None,
         PARTIALS=PARTIALS,
         BLOCK=BLOCK,
     )
@@ -129,6 +152,8 @@ def _(
     square: Tensor,
     step: Tensor,
     slow: Tensor | None,
+    narrow: Tensor | None,
+    slow_narrow: Tensor | None,
     lr: float,
     beta1: float,
     beta2: float,
@@ -154,18 +179,27 @@ def adam_step(
     eps: float,
     clip: float,
     rate: float,
+    narrow: Tensor | None = None,
+    slow_narrow: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.adam_step`, in float32 on CUDA, all contiguous.
+    """As `reference.adam_step`, in float32 on CUDA, the narrow copies in bfloat16 too, all contiguous.
 
     Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
     """
     tensors = {"param": param, "grad": grad, "mean": mean, "square": square, "step": step}
     tensors |= {} if slow is None else {"slow": slow}
-    check("adam_step", tensors)
-    check_shapes("adam_step", **{name: (tensors[name], param.shape) for name in ("grad", "mean", "square")})
+    copies = {name: x for name, x in (("narrow", narrow), ("slow_narrow", slow_narrow)) if x is not None}
+    check("adam_step", tensors | copies)
+    alike = {name: (tensors[name], param.shape) for name in ("grad", "mean", "square")}
+    if narrow is not None:
+        alike["narrow"] = narrow, param.shape
     if slow is not None and slow.numel() > param.numel():
         raise ValueError(f"adam_step: slow has {slow.numel()} numbers and param {param.numel()}: it follows the first.")
+    if slow_narrow is not None:
+        alike["slow_narrow"] = slow_narrow, (0,) if slow is None else slow.shape
+    check_shapes("adam_step", **alike)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise TypeError(f"adam_step: {name} is {tensor.dtype}: parameters and moments are kept in float32.")
-    return _step(param, grad, mean, square, step, slow, lr, beta1, beta2, eps, clip, rate)
+    options = (lr, beta1, beta2, eps, clip, rate)
+    return _step(param, grad, mean, square, step, slow, narrow, slow_narrow, *options)
