@@ -141,8 +141,13 @@ def check_shapes(operation: str, **expected: tuple[Tensor, Sequence[int]]) -> No
             raise ValueError(f"{operation}: {name} is {tuple(tensor.shape)} and must be {tuple(shape)}.")
 
 
-def check(operation: str, floats: dict[str, Tensor], others: dict[str, Tensor] | None = None) -> None:
-    """Raises a TypeError or ValueError that names the tensor a kernel of `operation` cannot take, and the mend."""
+def check(
+    operation: str, floats: dict[str, Tensor], others: dict[str, Tensor] | None = None, wide: Sequence[str] = ()
+) -> None:
+    """Raises a TypeError or ValueError that names the tensor a kernel of `operation` cannot take, and the mend.
+
+    All are contiguous, but the rows of those matrices that `wide` names may lie apart from each other.
+    """
     tensors = floats | (others or {})
     device = next(iter(tensors.values())).device
     for name, tensor in tensors.items():
@@ -152,7 +157,7 @@ def check(operation: str, floats: dict[str, Tensor], others: dict[str, Tensor] |
             raise ValueError(
                 f"{operation}: {name} is on {device} and the fused kernels need CUDA: use ops.load('reference')."
             )
-        if not tensor.is_contiguous():
+        if not (tensor.stride(-1) == 1 if name in wide else tensor.is_contiguous()):
             raise ValueError(f"{operation}: {name} {tuple(tensor.shape)} is not contiguous: pass {name}.contiguous().")
     for name, tensor in floats.items():
         if tensor.dtype not in (torch.float32, torch.bfloat16):

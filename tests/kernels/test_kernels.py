@@ -353,6 +353,37 @@ def test_running_statistics_may_move_before_the_backward_pass(fused: ops.Ops) ->
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("batch_norm", [True, False], ids=["BatchNorm", "LayerNorm"])
+def test_weights_in_the_precision_of_products_and_with_rows_wider_apart(batch_norm: bool, fused: ops.Ops) -> None:
+    """As an optimiser keeps them for a recorded update: no cast, no copy, and gradients as they come."""
+    case = Case(
+        "rssm_observe", "", {
+            "batch": 5, "length": 3, "embed": 16, "action": 3, "deter": 8, "units": 16, "stoch": 4, "classes": 4,
+            "batch_norm": batch_norm, "batch_stats": batch_norm,
+        },
+    )  # fmt: skip
+    observe, inputs = cases.adapted("rssm_observe", fused.rssm_observe), case.inputs(torch.bfloat16)
+    matrices = {name: inputs[name].bfloat16() for name in ("inp", "gates", "hidden", "out")}
+    padded = {name: torch.nn.functional.pad(x, (0, 13))[:, : x.shape[1]] for name, x in matrices.items()}
+    bias = inputs["out_bias"].bfloat16()
+    results = []
+    for given in (
+        matrices | {"out_bias": bias},
+        {name: x.float() for name, x in (matrices | {"out_bias": bias}).items()},
+        padded | {"out_bias": bias},
+    ):
+        leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
+        fresh = {name: x.clone() for name, x in inputs.items() if name.startswith("running") and x is not None}
+        out = observe(**inputs | fresh | leaves)
+        total = sum(x.float().mul(torch.arange(x.shape[-1])).sum() for x in (out.deter, out.logits))
+        grads = torch.autograd.grad(total, [*leaves.values()])
+        assert [grad.dtype for grad in grads] == [x.dtype for x in leaves.values()]
+        results.append([*out, *(grad.bfloat16() for grad in grads)])
+    for found in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], found, strict=True))
+
+
+@pytest.mark.interpreter
 def test_other_dtypes_are_named(fused: ops.Ops) -> None:
     for dtype in (torch.float64, torch.float16):
         inputs = Case("layer_norm_act", "", {"rows": 5, "columns": 8}).inputs(torch.float32)

@@ -8,6 +8,9 @@ between phases, or in a kernel for each; `plan.py` says which.
 # pyright: reportArgumentType=false, reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # Triton's language, which type checkers read as Python.
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import normalise, place, read, write
+from fastdreamer_kernels.blocks import normalise, place, read, silu, write
 from fastdreamer_kernels.launch import check, check_shapes, launch, launch_rows, target, tile
-from fastdreamer_kernels.layer_norm_act import fused as layer_norm
 from fastdreamer_kernels.machine import cdiv
 from fastdreamer_kernels.rssm_observe.phases import (
     BATCH,
@@ -54,10 +56,11 @@ def forward_kernel(
     EPS: tl.constexpr, BATCH_EPS: tl.constexpr, UNIMIX: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     CATEGORICALS: tl.constexpr, CLASSES: tl.constexpr, LATENT_CHUNK: tl.constexpr, UNITS_CHUNK: tl.constexpr,
     DETER_CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
-    PHASE: tl.constexpr,
+    PHASE: tl.constexpr, INP_ROW: tl.constexpr, HIDDEN_ROW: tl.constexpr,
 ):  # fmt: skip
     """Steps `begin` to `end`, phase PHASE of them, or with 0 all five. Tensors are (T, B, ...), `first` and what a step
-    starts from one step longer; `offset` is added to the program's number, `programs` is how many there are."""
+    starts from one step longer; `offset` is added to the program's number, `programs` is how many there are. Rows of
+    the weights of input and hidden layer, which are parts of wider ones, lie INP_ROW and HIDDEN_ROW apart."""
     LATENT: tl.constexpr = S * K
     UNIT_TILES: tl.constexpr = (U + COLUMNS - 1) // COLUMNS
     DETER_TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
@@ -71,14 +74,14 @@ def forward_kernel(
         column = program * COLUMNS + tl.arange(0, COLUMNS)
         from_z, from_u = inputs(0, LATENT_CHUNK, SPLIT), inputs(0, UNITS_CHUNK, SPLIT)
         from_h = inputs(0, DETER_CHUNK, SPLIT)
-        inp = weight(inp, LATENT, column, column < U, from_z, LATENT, False)
+        inp = weight(inp, INP_ROW, column, column < U, from_z, LATENT, False)
         u_reset = weight(u_reset, U + D, column, column < D, from_u, U, False)
         u_cand = weight(u_cand, U + D, column, column < D, from_u, U, False)
         u_update = weight(u_update, U + D, column, column < D, from_u, U, False)
         h_reset = weight(h_reset, U + D, column, column < D, from_h, D, False)
         h_cand = weight(h_cand, U + D, column, column < D, from_h, D, False)
         h_update = weight(h_update, U + D, column, column < D, from_h, D, False)
-        hidden = weight(hidden, D, column, column < U, from_h, D, False)
+        hidden = weight(hidden, HIDDEN_ROW, column, column < U, from_h, D, False)
         column, there = classes_of(program, S, K, CATEGORICALS, CLASSES)
         out = weight(out, U, column, there, from_u, U, False)
     met = 0
@@ -94,7 +97,7 @@ def forward_kernel(
             for at in range(program, UNIT_TILES, programs):
                 input_phase(
                     at, z_in_ptr + t * B * LATENT, inp, pre_inp, inp_parts,
-                    B, U, LATENT, ROWS, COLUMNS, LATENT_CHUNK, SPLIT, RESIDENT, PRECISION,
+                    B, U, LATENT, INP_ROW, ROWS, COLUMNS, LATENT_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -125,7 +128,7 @@ def forward_kernel(
                 hidden_phase(
                     at, deters_ptr + t * B * D, hidden, pre_hidden, hidden_parts, hidden_scale_ptr, hidden_shift_ptr,
                     means_ptr + t * U, vars_ptr + t * U, q_ptr + t * B * U,
-                    B, U, D, NORM, BATCH_EPS, ROWS, COLUMNS, DETER_CHUNK, SPLIT, RESIDENT, PRECISION,
+                    B, U, D, HIDDEN_ROW, NORM, BATCH_EPS, ROWS, COLUMNS, DETER_CHUNK, SPLIT, RESIDENT, PRECISION,
                 )  # fmt: skip
         if PHASE == 0:
             met += programs
@@ -250,61 +253,73 @@ def backward_kernel(
 
 @triton.jit(do_not_specialize=["rows"])
 def normal_kernel(
-    x_ptr, out_ptr, mean_ptr, rstd_ptr, rows, columns, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """Rows less their mean and over their deviation, with the mean and 1 / deviation of each."""
-    row, _, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
+    x_ptr, scale_ptr, shift_ptr, out_ptr, act_ptr, mean_ptr, rstd_ptr, rows, columns,
+    EPS: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows less their mean and over their deviation, with the mean and 1 / deviation of each; with ACT what the norm
+    and SiLU give, too."""
+    row, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     x = read(x_ptr, at, inside)
     normal, rstd = normalise(x, inside, columns, EPS)
     write(out_ptr, at, normal, inside)
     tl.store(mean_ptr + row, tl.sum(x, 1) / columns, mask=row < rows)
     tl.store(rstd_ptr + row, rstd, mask=row < rows)
+    if ACT:
+        scale, shift = read(scale_ptr, column, column < columns), read(shift_ptr, column, column < columns)
+        write(act_ptr, at, silu(normal * scale[None, :] + shift[None, :]), inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_backward_kernel(
-    x_ptr, mean_ptr, rstd_ptr, sums_ptr, dnormal_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """A LayerNorm's input gradient, in the place of its normal output's; sums (2, rows) are those of its columns."""
+    x_ptr, mean_ptr, rstd_ptr, parts_ptr, dnormal_ptr, rows, columns,
+    TILES: tl.constexpr, B: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A LayerNorm's input gradient, in the place of its normal output's; parts (T, TILES, 2, B) are what each tile of
+    columns adds to the two sums of a row."""
     row, _, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     rstd = read(rstd_ptr, row, row < rows)[:, None]
     normal = (read(x_ptr, at, inside) - read(mean_ptr, row, row < rows)[:, None]) * rstd
-    shift = (read(sums_ptr, row, row < rows) / columns)[:, None]
-    slope = (read(sums_ptr + rows, row, row < rows) / columns)[:, None]
+    part = parts_ptr + (row // B) * (2 * TILES * B) + row % B
+    shift, slope = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for at_tile in range(0, TILES):
+        shift += tl.load(part + 2 * at_tile * B, mask=row < rows, other=0.0)
+        slope += tl.load(part + (2 * at_tile + 1) * B, mask=row < rows, other=0.0)
+    shift, slope = (shift / columns)[:, None], (slope / columns)[:, None]
     write(dnormal_ptr, at, (read(dnormal_ptr, at, inside) - shift - normal * slope) * rstd, inside)
 
 
 class Norm:
     """A LayerNorm of all steps, as its backward pass wants it: the statistics, and its input times the next weight."""
 
-    def __init__(self, pre: Tensor, weight: Tensor, eps: float):
-        """`pre` (T, B, C) and the weight (C, inputs) of the product before the norm."""
+    def __init__(self, pre: Tensor, weight: Tensor, eps: float, affine: tuple[Tensor, Tensor] | None = None):
+        """`pre` (T, B, C) and the weight (C, inputs) of the product before the norm; with `affine`, scale and shift,
+        `act` is what SiLU behind the norm gives."""
         self.pre, self.rows = pre, pre.shape[0] * pre.shape[1]
         self.normal = torch.empty_like(pre)
+        self.act = pre if affine is None else torch.empty_like(pre)
         self.mean, self.rstd = (pre.new_empty(self.rows, dtype=torch.float32) for _ in range(2))
         self.tile = tile(pre.shape[-1], elements=4096, per_thread=8)
         launch_rows(
-            normal_kernel, self.tile, pre, self.normal, self.mean, self.rstd, rows=self.rows, columns=pre.shape[-1],
-            EPS=eps,
+            normal_kernel, self.tile, pre, *(affine or (pre, pre)), self.normal, self.act, self.mean, self.rstd,
+            rows=self.rows, columns=pre.shape[-1], EPS=eps, ACT=affine is not None,
         )  # fmt: skip
         self.sums = weight.sum(0, dtype=torch.float32)
         self.projected = self.normal.flatten(0, 1) @ weight
 
     def finish(self, dnormal: Tensor, parts: Tensor) -> None:
         """Turns the normal output's gradient (T, B, C) into that of `pre`, from each tile's sums (T, tiles, 2, B)."""
-        sums = parts.sum(1).transpose(0, 1).contiguous()
         launch_rows(
-            norm_backward_kernel, self.tile, self.pre, self.mean, self.rstd, sums, dnormal, rows=self.rows,
-            columns=self.pre.shape[-1],
+            norm_backward_kernel, self.tile, self.pre, self.mean, self.rstd, parts, dnormal, rows=self.rows,
+            columns=self.pre.shape[-1], TILES=parts.shape[1], B=self.pre.shape[1],
         )  # fmt: skip
 
 
 def _run(
     kernel: Any, p: Plan, s: Sizes, tiles: tuple[int, ...], steps: int, tensors: list[Tensor], norm: int, eps: float,
-    batch_eps: float, unimix: float,
+    batch_eps: float, unimix: float, **rest: int,
 ) -> None:  # fmt: skip
-    """All steps of a kernel: at once, or phase after phase with as many programs as each has tiles."""
-    counter = torch.zeros(1, dtype=torch.int32, device=tensors[0].device)
+    """All steps of a kernel: at once, or phase after phase with as many programs as each has tiles. The last of its
+    tensors counts who has come to a meeting."""
     exact = tensors[0].dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
     constants = {
         "B": s.rows, "U": s.units, "D": s.deter, "S": s.stoch, "K": s.classes, "NORM": norm, "EPS": eps,
@@ -312,23 +327,24 @@ def _run(
         "CLASSES": p.classes, "LATENT_CHUNK": p.latent_chunk, "UNITS_CHUNK": p.units_chunk,
         "DETER_CHUNK": p.deter_chunk, "SPLIT": p.split, "RESIDENT": p.form == "resident",
         "PRECISION": "tf32x3" if exact else "tf32",
-    }  # fmt: skip
+    } | rest  # fmt: skip
     if p.form != "phases":
         launch(
-            kernel, (p.programs,), *tensors, counter, 0, steps, 0, p.programs, steps, num_warps=p.warps,
+            kernel, (p.programs,), *tensors, 0, steps, 0, p.programs, steps, num_warps=p.warps,
             maxnreg=p.registers, together=True, **constants, PHASE=0,
         )  # fmt: skip
         return
     for t in range(steps):
         for phase, count in enumerate(tiles, 1):
             launch(
-                kernel, (count,), *tensors, counter, t, t + 1, 0, count, steps, num_warps=p.warps,
+                kernel, (count,), *tensors, t, t + 1, 0, count, steps, num_warps=p.warps,
                 maxnreg=p.registers, **constants, PHASE=phase,
             )  # fmt: skip
 
 
-def _sizes(w: Weights, rows: int, deter: Tensor, stoch: Tensor, dtype: torch.dtype) -> Sizes:
-    return Sizes(rows, w.inp_scale.numel(), deter.numel(), *stoch.shape, dtype.itemsize)
+def _sizes(w: Weights, rows: int, deter: Tensor, uniform: Tensor, start: Tensor) -> Sizes:
+    stoch = uniform.shape[-1]
+    return Sizes(rows, w.inp_scale.numel(), deter.numel(), stoch, start.numel() // stoch, start.dtype.itemsize)
 
 
 def _tiles(p: Plan, s: Sizes) -> tuple[int, int, int]:
@@ -336,19 +352,32 @@ def _tiles(p: Plan, s: Sizes) -> tuple[int, int, int]:
     return cdiv(s.units, p.columns), cdiv(s.deter, p.columns), cdiv(s.stoch, p.categoricals)
 
 
+def _aligned(weight: Tensor) -> Tensor:
+    """A part of a matrix whose rows begin where 16 bytes can be read at once."""
+    return weight if weight.stride(0) * weight.element_size() % 16 == 0 else weight.contiguous()
+
+
+def _parts(shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """Where tensors of such shapes lie, one behind the other, each at 256 bytes."""
+    ends = list(itertools.accumulate(-(-math.prod(shape) // 64) * 64 for shape in shapes))
+    return [(start, start + math.prod(shape)) for start, shape in zip((0, *ends), shapes, strict=False)]
+
+
+def _cut(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    return [flat[start:end].view(shape) for (start, end), shape in zip(_parts(shapes), shapes, strict=True)]
+
+
+def _summed(w: Weights, deter: Tensor, rows: int) -> list[tuple[int, ...]]:
+    """What the backward kernel adds to, in one tensor: gradients of the initial deter (D) and of each norm's scale and
+    shift (2, ...), the gradient of deter (B, D) that a step hands on, and the count of meetings."""
+    scales = [(2, x.numel()) for x in (w.inp_scale, w.gates_scale, w.hidden_scale)]
+    return [(deter.numel(),), *scales, (rows, deter.numel()), (1,)]
+
+
 def _before(first: Tensor, initial: Tensor, states: Tensor) -> Tensor:
     """The state (T, B, ...) that each step starts from: the initial one where `first` (T, B), else that before."""
     shifted = torch.cat([initial.expand(1, *states.shape[1:]), states[:-1]])
-    return torch.where(first.view(*first.shape, *[1] * initial.ndim), initial, shifted)
-
-
-def _ended(first: Tensor) -> Tensor:
-    """`first` (T, B) with a step behind the last that begins everywhere anew."""
-    return torch.cat([first, torch.ones_like(first[:1])])
-
-
-def _masked(x: Tensor, first: Tensor) -> Tensor:
-    return x.masked_fill(first.unsqueeze(-1), 0)
+    return torch.where(first.unsqueeze(-1), initial, shifted)
 
 
 @torch.library.custom_op("fastdreamer::rssm_observe", mutates_args=())
@@ -358,7 +387,7 @@ def forward(
     first: Tensor,
     uniform: Tensor,
     deter: Tensor,
-    stoch: Tensor,
+    start: Tensor,
     weights: list[Tensor],
     mean: Tensor | None,
     var: Tensor | None,
@@ -367,17 +396,21 @@ def forward(
     eps: float,
     unimix: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Time first: deter (T, B, D), stoch and logits (T, B, S*K); pre-activations of input, gates and hidden layer; with
-    BatchNorm each step's statistics (T, U) and the hidden layer's output (T, B, U), empty without."""
-    w, dtype, steps, rows = Weights(*weights), embed.dtype, *embed.shape[:2]
-    s = _sizes(w, rows, deter, stoch, dtype)
+    """Time first, all but uniforms, deter, statistics and norms in one dtype: x (T, B, E), actions (T, B, A) that are
+    zero where an episode begins, `first` (T+1, B) with a step behind the last that begins everywhere anew, the initial
+    `start` (S*K).
+
+    Gives deter (T, B, D), stoch and logits (T, B, S*K); pre-activations of input, gates and hidden layer; with
+    BatchNorm each step's statistics (T, U) and the hidden layer's output (T, B, U), empty without.
+    """
+    w, steps, rows = Weights(*weights), *embed.shape[:2]
+    s = _sizes(w, rows, deter, uniform, start)
     p = plan(s, target(embed.device))
     unit_tiles, deter_tiles, draw_tiles = _tiles(p, s)
-    latent, norm = s.stoch * s.classes, _norm(mean, batch_stats)
+    latent, norm = start.numel(), _norm(mean, batch_stats)
     with torch.autocast(embed.device.type, enabled=False):
-        inp, gates, hidden, out = (x.to(dtype) for x in (w.inp, w.gates, w.hidden, w.out))
-        pre_inp = _masked(action.to(dtype), first) @ inp[:, latent:].t()
-        pre_hidden = embed @ hidden[:, s.deter :].t()
+        pre_inp = action @ w.inp[:, latent:].t()
+        pre_hidden = embed @ w.hidden[:, s.deter :].t()
         pre_gates = embed.new_empty(steps, rows, 3 * s.deter)
         deters, stochs = deter.new_empty(steps, rows, s.deter), embed.new_empty(steps, rows, latent)
         logits = torch.empty_like(stochs)
@@ -386,21 +419,22 @@ def forward(
         if mean is not None and var is not None and not batch_stats:
             means.copy_(mean.expand_as(means))
             vars.copy_(var.expand_as(vars))
-        start = stoch.to(dtype).flatten()
         z_in, h_in = embed.new_empty(steps + 1, rows, latent), embed.new_empty(steps + 1, rows, s.deter)
-        z_in[0], h_in[0] = start, deter.to(dtype)
+        z_in[0], h_in[0] = start, deter
         inp_parts, gates_parts, hidden_parts = (
             embed.new_empty(steps, count, 2, rows, dtype=torch.float32)
             for count in (unit_tiles, deter_tiles, unit_tiles if norm == LAYER else 0)
         )
+        inp, hidden = _aligned(w.inp[:, :latent]), _aligned(w.hidden[:, : s.deter])
         tensors = [
             z_in, h_in, pre_inp, inp_parts, pre_gates, gates_parts, deters, pre_hidden, hidden_parts, q, means, vars,
-            logits, stochs, _ended(first), uniform, deter, start, inp[:, :latent].contiguous(), w.inp_scale,
-            w.inp_shift, gates, w.gates_scale, w.gates_shift, hidden[:, : s.deter].contiguous(), w.hidden_scale,
-            w.hidden_shift, out, w.out_bias.to(dtype),
+            logits, stochs, first, uniform, deter, start, inp, w.inp_scale, w.inp_shift, w.gates, w.gates_scale,
+            w.gates_shift, hidden, w.hidden_scale, w.hidden_shift, w.out, w.out_bias,
+            torch.zeros(1, dtype=torch.int32, device=embed.device),
         ]  # fmt: skip
         tiles = (unit_tiles, deter_tiles, deter_tiles, unit_tiles, draw_tiles)
-        _run(forward_kernel, p, s, tiles, steps, tensors, norm, eps, batch_eps, unimix)
+        strides = {"INP_ROW": inp.stride(0), "HIDDEN_ROW": hidden.stride(0)}
+        _run(forward_kernel, p, s, tiles, steps, tensors, norm, eps, batch_eps, unimix, **strides)
     return deters, stochs, logits, pre_inp, pre_gates, pre_hidden, means, vars, q
 
 
@@ -415,7 +449,7 @@ def _(
     first: Tensor,
     uniform: Tensor,
     deter: Tensor,
-    stoch: Tensor,
+    start: Tensor,
     weights: list[Tensor],
     mean: Tensor | None,
     var: Tensor | None,
@@ -425,7 +459,7 @@ def _(
     unimix: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     w = Weights(*weights)
-    steps, rows, units, latent = *embed.shape[:2], w.inp_scale.numel(), stoch.numel()
+    steps, rows, units, latent = *embed.shape[:2], w.inp_scale.numel(), start.numel()
     pre_inp, pre_hidden = (embed.new_empty(steps, rows, units) for _ in range(2))
     stochs, logits = (embed.new_empty(steps, rows, latent) for _ in range(2))
     means, vars = (embed.new_empty(0 if mean is None else steps, units, dtype=torch.float32) for _ in range(2))
@@ -436,11 +470,10 @@ def _(
 
 @torch.library.custom_op("fastdreamer::rssm_observe_backward", mutates_args=())
 def backward(
-    embed: Tensor,
-    action: Tensor,
     first: Tensor,
+    uniform: Tensor,
     deter: Tensor,
-    stoch: Tensor,
+    start: Tensor,
     weights: list[Tensor],
     saved: list[Tensor],
     ddeters: Tensor,
@@ -450,87 +483,61 @@ def backward(
     batch_eps: float,
     eps: float,
     unimix: float,
-) -> list[Tensor]:
-    """Gradients of embed, of the initial deter (D) and of each of the weights."""
-    w, dtype, steps, rows = Weights(*weights), embed.dtype, *embed.shape[:2]
-    deters, stochs, logits, pre_inp, pre_gates, pre_hidden, means, vars, q = saved
-    s = _sizes(w, rows, deter, stoch, dtype)
-    p = plan(s, target(embed.device))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the pre-activations of input, gates and hidden layer and of the logits, all that a draw has passed
+    on included; outputs of input and hidden layer (the latter empty with BatchNorm: it is saved); what `_summed` says.
+    """
+    w = Weights(*weights)
+    deters, _, logits, pre_inp, pre_gates, pre_hidden, means, vars, q = saved
+    steps, rows = pre_inp.shape[:2]
+    s = _sizes(w, rows, deter, uniform, start)
+    p = plan(s, target(pre_inp.device))
     unit_tiles, deter_tiles, draw_tiles = _tiles(p, s)
-    latent, norm = s.stoch * s.classes, _norm(means if means.numel() else None, batch_stats)
-    with torch.autocast(embed.device.type, enabled=False):
-        inp, gates, hidden, out = (x.to(dtype) for x in (w.inp, w.gates, w.hidden, w.out))
-        inp_z, hidden_h = inp[:, :latent].contiguous(), hidden[:, : s.deter].contiguous()
-        inp_norm, gates_norm = Norm(pre_inp, inp_z, eps), Norm(pre_gates, gates, eps)
-        hidden_norm = Norm(pre_hidden, hidden_h, eps) if norm == LAYER else None
+    latent, norm = start.numel(), _norm(means if means.numel() else None, batch_stats)
+    with torch.autocast(pre_inp.device.type, enabled=False):
+        inp_z, hidden_h = w.inp[:, :latent], w.hidden[:, : s.deter]
+        inp_norm = Norm(pre_inp, inp_z, eps, (w.inp_scale, w.inp_shift))
+        gates_norm, hidden_norm = Norm(pre_gates, w.gates, eps), None
+        if norm == LAYER:
+            hidden_norm = Norm(pre_hidden, hidden_h, eps, (w.hidden_scale, w.hidden_shift))
         dpre_inp, dpre_gates, dpre_hidden, own_dlogits = map(torch.empty_like, (pre_inp, pre_gates, pre_hidden, logits))
         inp_parts, gates_parts, hidden_parts = (
-            embed.new_empty(steps, count, 2, rows, dtype=torch.float32)
+            pre_inp.new_empty(steps, count, 2, rows, dtype=torch.float32)
             for count in (unit_tiles, deter_tiles, unit_tiles if norm == LAYER else 0)
         )
-        dscales = [
-            torch.zeros(2, x.numel(), dtype=torch.float32, device=embed.device)
-            for x in (w.inp_scale, w.gates_scale, w.hidden_scale)
-        ]
-        carry, dinitial = (
-            torch.zeros(*n, dtype=torch.float32, device=embed.device) for n in ((rows, s.deter), (s.deter,))
-        )
+        shapes = _summed(w, deter, rows)
+        summed = torch.zeros(_parts(shapes)[-1][-1], dtype=torch.float32, device=pre_inp.device)
+        dinitial, dinp_scales, dgates_scales, dhidden_scales, carry, counter = _cut(summed, shapes)
         mean, spread, sums, projected = means, vars, means, q
         if hidden_norm is not None:
             mean, spread = hidden_norm.mean, hidden_norm.rstd
             sums, projected = hidden_norm.sums, hidden_norm.projected
         tensors = [
             dpre_inp, inp_parts, inp_norm.mean, inp_norm.rstd, inp_norm.sums, inp_norm.projected, dlogits, logits,
-            dstochs, own_dlogits, dpre_hidden, hidden_parts, mean, spread, sums, projected, dscales[2], pre_hidden,
-            w.hidden_scale, w.hidden_shift, ddeters, carry, deters, _ended(first), deter, pre_gates, gates_norm.mean,
-            gates_norm.rstd, w.gates_scale, w.gates_shift, dpre_gates, gates_parts, dscales[1], gates_norm.sums,
-            gates_norm.projected, pre_inp, w.inp_scale, w.inp_shift, dscales[0], dinitial, inp_z.t().contiguous(),
-            out.t().contiguous(), hidden_h.t().contiguous(),
-            gates.view(3, s.deter, -1).transpose(1, 2).contiguous(),
+            dstochs, own_dlogits, dpre_hidden, hidden_parts, mean, spread, sums, projected, dhidden_scales, pre_hidden,
+            w.hidden_scale, w.hidden_shift, ddeters, carry, deters, first, deter, pre_gates, gates_norm.mean,
+            gates_norm.rstd, w.gates_scale, w.gates_shift, dpre_gates, gates_parts, dgates_scales, gates_norm.sums,
+            gates_norm.projected, pre_inp, w.inp_scale, w.inp_shift, dinp_scales, dinitial, inp_z.t().contiguous(),
+            w.out.t().contiguous(), hidden_h.t().contiguous(),
+            w.gates.view(3, s.deter, -1).transpose(1, 2).contiguous(), counter.view(torch.int32),
         ]  # fmt: skip
         tiles = (draw_tiles, unit_tiles, deter_tiles, max(unit_tiles, deter_tiles))
         _run(backward_kernel, p, s, tiles, steps, tensors, norm, eps, batch_eps, unimix)
         inp_norm.finish(dpre_inp, inp_parts)
         gates_norm.finish(dpre_gates, gates_parts)
+        act = q.new_empty(0)
         if hidden_norm is not None:
             hidden_norm.finish(dpre_hidden, hidden_parts)
-            q = layer_norm.forward(pre_hidden, w.hidden_scale, w.hidden_shift, eps)
-        u = layer_norm.forward(pre_inp, w.inp_scale, w.inp_shift, eps)
-        h_before, z_before = _before(first, deter, deters), _before(first, stoch.to(dtype).flatten(), stochs)
-        dembed = dpre_hidden @ hidden[:, s.deter :]
-
-        def weight_of(grad: Tensor, *inputs: Tensor) -> Tensor:
-            # (T*B, outputs)^T (T*B, inputs)
-            return grad.flatten(0, 1).t() @ torch.cat([x.to(dtype) for x in inputs], -1).flatten(0, 1)
-
-        grads = Weights(
-            weight_of(dpre_inp, z_before, _masked(action.to(dtype), first)),
-            dscales[0][0],
-            dscales[0][1],
-            weight_of(dpre_gates, u, h_before),
-            dscales[1][0],
-            dscales[1][1],
-            weight_of(dpre_hidden, deters, embed),
-            dscales[2][0],
-            dscales[2][1],
-            weight_of(own_dlogits, q),
-            own_dlogits.float().sum((0, 1)),
-        )
-    # An operator's results may not share memory, as the halves of a sum do.
-    return [
-        dembed,
-        dinitial.to(deter.dtype),
-        *(grad.to(own.dtype, copy=True) for grad, own in zip(grads, w, strict=True)),
-    ]
+            act = hidden_norm.act
+    return dpre_inp, dpre_gates, dpre_hidden, own_dlogits, inp_norm.act, act, summed
 
 
 @backward.register_fake
 def _(
-    embed: Tensor,
-    action: Tensor,
     first: Tensor,
+    uniform: Tensor,
     deter: Tensor,
-    stoch: Tensor,
+    start: Tensor,
     weights: list[Tensor],
     saved: list[Tensor],
     ddeters: Tensor,
@@ -540,25 +547,56 @@ def _(
     batch_eps: float,
     eps: float,
     unimix: float,
-) -> list[Tensor]:
-    return [torch.empty_like(x) for x in (embed, deter, *weights)]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _, _, logits, pre_inp, pre_gates, pre_hidden, means, _, q = saved
+    like = (pre_inp, pre_gates, pre_hidden, logits, pre_inp)
+    act = q.new_empty(0) if means.numel() else torch.empty_like(pre_hidden)
+    length = _parts(_summed(Weights(*weights), deter, pre_inp.shape[1]))[-1][-1]
+    inp, gates, hidden, draws, u = map(torch.empty_like, like)
+    return inp, gates, hidden, draws, u, act, deter.new_empty(length, dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embed, action, first, _, deter, stoch, weights, _, _, *ctx.options = inputs
-    ctx.save_for_backward(embed, action, first, deter, stoch, *weights, *output)
+    embed, action, first, uniform, deter, start, weights, _, _, *ctx.options = inputs
+    ctx.save_for_backward(embed, action, first, uniform, deter, start, *weights, *output)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, *douts: Tensor | None) -> tuple[Any, ...]:
-    embed, action, first, deter, stoch, *rest = ctx.saved_tensors
+    """Gradients of images, initial deter and each of the weights: products over the rows of all steps, which a compiler
+    sees with what goes into them."""
+    embed, action, first, uniform, deter, start, *rest = ctx.saved_tensors
     weights, saved = rest[: len(Weights._fields)], rest[len(Weights._fields) :]
+    deters, stochs, logits, *_, q = saved
     grads = [
         torch.zeros_like(out) if dout is None else dout.contiguous()
-        for out, dout in zip(saved[:3], douts[:3], strict=True)
+        for out, dout in zip((deters, stochs, logits), douts[:3], strict=True)
     ]
-    dembed, ddeter, *dweights = backward(embed, action, first, deter, stoch, weights, saved, *grads, *ctx.options)
-    return dembed, None, None, None, ddeter, None, dweights, None, None, None, None, None, None
+    dinp, dgates, dhidden, dlogits, u, act, summed = backward(
+        first, uniform, deter, start, weights, saved, *grads, *ctx.options
+    )
+    w, dtype = Weights(*weights), embed.dtype
+    ddeter, inp_affine, gates_affine, hidden_affine, *_ = _cut(summed, _summed(w, deter, embed.shape[1]))
+    with torch.autocast(embed.device.type, enabled=False):
+        h_before, z_before = _before(first[:-1], deter, deters), _before(first[:-1], start, stochs)
+
+        def weight_of(grad: Tensor, *inputs: Tensor) -> Tensor:
+            # (T*B, outputs)^T (T*B, inputs)
+            return grad.flatten(0, 1).t() @ torch.cat([x.to(dtype) for x in inputs], -1).flatten(0, 1)
+
+        dweights = Weights(
+            weight_of(dinp, z_before, action),
+            *inp_affine,
+            weight_of(dgates, u, h_before),
+            *gates_affine,
+            weight_of(dhidden, deters, embed),
+            *hidden_affine,
+            weight_of(dlogits, q if q.numel() else act),
+            dlogits.float().sum((0, 1)),
+        )
+        dembed = dhidden @ w.hidden[:, deter.numel() :]
+    own = [grad.to(weight.dtype) for grad, weight in zip(dweights, w, strict=True)]
+    return dembed, None, None, None, ddeter.to(deter.dtype), None, own, None, None, None, None, None, None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
@@ -580,7 +618,9 @@ def rssm_observe(
 ) -> Observed:
     """As `reference.rssm_observe`, in float32 or bfloat16 on CUDA; sequences may be laid out in any way.
 
-    Raises TypeError for another dtype, ValueError for weights that are not contiguous or on another device.
+    What is not the loop, or a product beside it, are operations of PyTorch's, for a compiler to put together. Raises
+    TypeError for another dtype, ValueError for weights that are not contiguous (but rows of matrices may lie wider
+    apart) or on another device.
     """
     # (B, T, ...) -> (T, B, ...): a step's rows lie together.
     embed, action, first, uniform = (x.transpose(0, 1).contiguous() for x in (embed, action, is_first, uniform))
@@ -600,12 +640,19 @@ def rssm_observe(
         **{name: (weight, shape) for name, weight, shape in zip(Weights._fields, weights, shapes, strict=True)},
         **{name: (statistic, (units,)) for name, statistic in statistics.items()},
     )
-    check("rssm_observe", floats | weights._asdict() | statistics, {"is_first": first})
-    first = torch.cat([torch.ones_like(first[:1]), first[1:]])
+    matrices = ("inp", "gates", "hidden", "out")
+    check("rssm_observe", floats | weights._asdict() | statistics, {"is_first": first}, wide=matrices)
+    dtype, anew = embed.dtype, torch.ones_like(first[:1])
+    first = torch.cat([anew, first[1:], anew])
+    action = action.detach().to(dtype).masked_fill(first[:-1].unsqueeze(-1), 0)
+    products = {name: getattr(weights, name).to(dtype) for name in (*matrices, "out_bias")}
+    # Whole rows: the kernels cut them where they need to.
+    products |= {name: products[name].contiguous() for name in ("gates", "out")}
     mean, var, momentum, batch_eps = (None, None, 0.0, eps) if running is None else running
     deters, stochs, logits, *_, means, vars, _ = forward(
-        embed, action, first, uniform, deter, stoch, list(weights), mean, var, batch_stats, batch_eps, eps, unimix
-    )
+        embed, action, first, uniform, deter, stoch.detach().to(dtype).flatten(), [*weights._replace(**products)],
+        mean, var, batch_stats, batch_eps, eps, unimix,
+    )  # fmt: skip
     if batch_stats and running is not None:
         with torch.no_grad():
             _follow(running.mean, means, momentum)
@@ -617,4 +664,4 @@ def rssm_observe(
 def _follow(running: Tensor, steps: Tensor, momentum: float) -> None:
     """Moves a running statistic (U) by `momentum` towards each of `steps` (T, U) in turn, all at once."""
     left = (1 - momentum) ** torch.arange(steps.shape[0], -1, -1, device=steps.device, dtype=torch.float64)
-    running.copy_(left[0] * running + (momentum * left[1:]) @ steps.double())
+    running.copy_(left[0] * running + (momentum * left[1:, None] * steps).sum(0))

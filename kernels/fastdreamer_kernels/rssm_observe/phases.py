@@ -219,8 +219,8 @@ def places_of(
 @triton.jit
 def input_phase(
     tile, z_ptr, w, pre_ptr, parts_ptr,
-    B: tl.constexpr, U: tl.constexpr, LATENT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    B: tl.constexpr, U: tl.constexpr, LATENT: tl.constexpr, WEIGHT_ROW: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """pre (B, U), which holds the actions' part, += z W_z^T; and its sums for the LayerNorm that follows."""
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -228,7 +228,8 @@ def input_phase(
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         inside, at = (row < B)[:, None] & there[None, :], row[:, None] * U + column[None, :]
-        total = linear(z_ptr, LATENT, row, B, w, LATENT, column, there, LATENT, CHUNK, SPLIT, RESIDENT, PRECISION
+        total = linear(
+            z_ptr, LATENT, row, B, w, WEIGHT_ROW, column, there, LATENT, CHUNK, SPLIT, RESIDENT, PRECISION
         )  # fmt: skip
         pre = rounded(total + read(pre_ptr, at, inside), pre_ptr)
         write(pre_ptr, at, pre, inside)
@@ -337,8 +338,9 @@ def state_phase(
 @triton.jit
 def hidden_phase(
     tile, h_ptr, w, pre_ptr, parts_ptr, scale_ptr, shift_ptr, mean_ptr, var_ptr, q_ptr,
-    B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, NORM: tl.constexpr, EPS: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr, RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
+    B: tl.constexpr, U: tl.constexpr, D: tl.constexpr, WEIGHT_ROW: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr, SPLIT: tl.constexpr,
+    RESIDENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """pre (B, U), which holds the images' part, += h W_h^T. BatchNorm lies within the tile, so q (B, U) is written."""
     column = tile * COLUMNS + tl.arange(0, COLUMNS)
@@ -348,7 +350,7 @@ def hidden_phase(
     for start in range(0, B, ROWS):
         row = start + tl.arange(0, ROWS)
         inside, at = (row < B)[:, None] & there[None, :], row[:, None] * U + column[None, :]
-        total = linear(h_ptr, D, row, B, w, D, column, there, D, CHUNK, SPLIT, RESIDENT, PRECISION)
+        total = linear(h_ptr, D, row, B, w, WEIGHT_ROW, column, there, D, CHUNK, SPLIT, RESIDENT, PRECISION)
         pre = rounded(total + read(pre_ptr, at, inside), pre_ptr)
         write(pre_ptr, at, pre, inside)
         if NORM == LAYER:
