@@ -74,20 +74,26 @@ class Watch:
 
         return call
 
-    def on_device(self, step: Call) -> Call:
+    def on_device(self, step: Call, stream: torch.cuda.Stream | None) -> Call:
+        """`stream`: where an update ends, if not on the current one."""
+
         def call() -> None:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             step()
-            end.record()
+            end.record(stream or torch.cuda.current_stream())
             self._events.append((start, end))
 
         return call if CUDA else step
 
     def shares(self) -> dict[str, float]:
         """Of the time that has passed. A learner is idle while its device works on no update."""
+        reached = 0.0
         for start, end in self._events:
-            self.busy += start.elapsed_time(end) / 1e3
+            # One update may begin before another ends.
+            began, ended = (self._events[0][0].elapsed_time(event) / 1e3 for event in (start, end))
+            self.busy += max(0.0, ended - max(began, reached))
+            reached = max(reached, ended)
         self._events.clear()
         busy = self.busy if CUDA else self.spent["updating"]
         return {name: round(seconds / self.wall, 4) for name, seconds in self.spent.items()} | {
@@ -117,7 +123,7 @@ def whole_loop(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     loop.envs.recv = watch.timed("waiting for environments", trainer.envs.recv)
     loop.acting = Watched(trainer.acting, watch)
     loop.replay.add = watch.timed("storing", trainer.replay.add)
-    loop.learner.step = watch.timed("updating", watch.on_device(trainer.learner.step))
+    loop.learner.step = watch.timed("updating", watch.on_device(trainer.learner.step, trainer.learner.ends_on))
 
     def call() -> dict[str, float]:
         # The updates that were made alone are not to stand for those that the loop owes.

@@ -9,8 +9,8 @@ usage: profiling/nsys.sh [--output NAME] [options of profiling/updates.py, such 
 Records N updates with a decision each, after warm-up, into NAME.nsys-rep (default: update), and prints time by range
 and by kernel. NVTX ranges exist where Python runs:
   --no-compile   (default) a range for each part, its backward pass by itself
-  --compile      an update is one captured graph and one range; its kernels, and the gaps between them, are shown
-                 one by one
+  --compile      an update is two captured graphs and a range each; their kernels, and the gaps between them, are
+                 shown one by one
 PYTHON names the interpreter (default: .venv/bin/python where there is one, else python3).
 END
 }

@@ -22,8 +22,8 @@ from fastdreamer.algorithm.agent import Agent, Optimizers
 from fastdreamer.run.trainer import Trainer
 
 PARTS = ("sample", "encode", "observe", "heads", "kl", "imagine", "actor", "critic", "optimise", "act", "copy")
-WHOLE = "update"
-"""The one part of an update that is a captured graph: Python does not run inside of it."""
+HALVES = ("model's half", "behavior's half")
+"""Of an update that is captured, each one graph: Python does not run inside of them."""
 REST, BACKWARD = "rest", " backward"
 """What belongs to no part; and what the name of a part ends with in its backward pass."""
 
@@ -188,7 +188,8 @@ def marked(trainer: Trainer, enter: Enter, leave: Leave, across: bool = False) -
             attach(parts, trainer.agent, trainer.parts.optimizers)
             parts.wrap(trainer.parts.batches, "draw", "sample")
         else:
-            parts.wrap(trainer.learner, "_issue", WHOLE)
+            for half, name in zip(("_first", "_second"), HALVES, strict=True):
+                parts.wrap(trainer.learner._issue, half, name)
         parts.wrap(trainer.learner, "_advance", "copy", around=True)
         parts.wrap(trainer.acting, "_stage", "copy")
         parts.wrap(trainer.acting, "_step", "act")

@@ -13,7 +13,7 @@ from typing import Any
 import parts
 import torch
 import updates
-from parts import BACKWARD, PARTS, REST, WHOLE
+from parts import BACKWARD, HALVES, PARTS, REST
 
 from fastdreamer.config import Config
 from fastdreamer.run.trainer import Trainer
@@ -21,7 +21,7 @@ from fastdreamer.run.workload import ready
 
 Event = dict[str, Any]
 """Of a Chrome trace: `cat`, `name`, `tid`, `ts` and `dur` in microseconds, `args`."""
-NAMES = [name + way for name in (*PARTS, WHOLE, REST) for way in ("", BACKWARD)]
+NAMES = [name + way for name in (*PARTS, *HALVES, REST) for way in ("", BACKWARD)]
 IDLE = {
     "aten::as_strided", "aten::view", "aten::alias", "aten::detach", "aten::_unsafe_view", "aten::_reshape_alias",
     "aten::empty", "aten::empty_strided", "aten::empty_like", "aten::lift_fresh", "aten::resolve_conj",

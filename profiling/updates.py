@@ -43,7 +43,7 @@ def add_way(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument(
         "--compile", action=argparse.BooleanOptionalAction, default=False,
-        help="as the trainer's --compile: captured on a GPU, so that an update is one range there",
+        help="as the trainer's --compile: captured on a GPU, so that each half of an update is one range there",
     )  # fmt: skip
     parser.add_argument("--envs", type=at_least(1), default=16, help="environments a decision is for")
     parser.add_argument(
@@ -73,6 +73,7 @@ def turn(trainer: Trainer, step: Step) -> None:
     rows = trainer.acting(step)
     trainer.acting.actions()
     trainer.replay.add(rows)
+    trainer.learner.join()
     trainer.acting.refresh()
 
 

@@ -34,6 +34,13 @@ class ActNoise(NamedTuple):
     action: Tensor
 
 
+class Start(NamedTuple):
+    """What behaviour is learned from: N posterior states (N, ...), detached, and their true continuation (N,)."""
+
+    state: State
+    cont: Tensor
+
+
 class Carry(NamedTuple):
     """What acting remembers of the step before, for N environments: the latent state and the action taken (N, A)."""
 
@@ -135,32 +142,42 @@ class Agent(nn.Module):
 
     def update(self, batch: Batch, noise: UpdateNoise, optimizers: "Optimizers") -> dict[str, Tensor]:
         """One training update on sequences (B, T). Returns losses and other scalars, on the device."""
-        start, cont, metrics = self.learn_model(batch, noise.posterior, optimizers)
-        metrics["grad/model"] = optimizers.model.apply()
-        metrics |= self.learn_behavior(start, cont, noise.imagination, optimizers)
-        metrics["grad/actor"], metrics["grad/critic"] = optimizers.actor.apply(), optimizers.critic.apply()
-        return metrics
+        start, metrics = self.update_model(batch, noise.posterior, optimizers)
+        return metrics | self.update_behavior(self.world_model, start, noise.imagination, optimizers)
 
-    def learn_model(
-        self, batch: Batch, uniform: Tensor, optimizers: "Optimizers"
-    ) -> tuple[State, Tensor, dict[str, Tensor]]:
-        """The world model's gradient, with the teacher of its value head; `uniform` (B, T, S).
+    def update_model(self, batch: Batch, uniform: Tensor, optimizers: "Optimizers") -> tuple[Start, dict[str, Tensor]]:
+        """The first half of an update: the world model's step, without actor and critic; `uniform` (B, T, S).
 
-        Returns what behaviour starts from, every posterior state (N, ...) and its true continuation (N,), and losses.
+        Returns where behaviour starts, and losses.
         """
+        start, metrics = self.learn_model(batch, uniform, optimizers)
+        return start, metrics | {"grad/model": optimizers.model.apply()}
+
+    def update_behavior(
+        self, model: WorldModel, start: Start, noise: ImaginationNoise, optimizers: "Optimizers"
+    ) -> dict[str, Tensor]:
+        """The second half: the steps of actor and critic, from N states, in a world model as it is after the first.
+
+        `model` is the agent's own, or a copy of it from then: of the agent only the behaviour changes. Returns losses.
+        """
+        metrics = self.learn_behavior(model, start, noise, optimizers)
+        return metrics | {"grad/actor": optimizers.actor.apply(), "grad/critic": optimizers.critic.apply()}
+
+    def learn_model(self, batch: Batch, uniform: Tensor, optimizers: "Optimizers") -> tuple[Start, dict[str, Tensor]]:
+        """The world model's gradient, with the teacher of its value head. Returns as `update_model`."""
         model = self.world_model.loss(batch, uniform, self.value_teacher)
         optimizers.model.collect(model.total)
         metrics = {f"loss/{name}": part.detach() for name, part in model.parts.items()}
         metrics["loss/model"] = model.total.detach()
         # (B, T, ...) -> (N, ...)
-        start = State(model.posterior.deter.flatten(0, 1), model.posterior.stoch.flatten(0, 1))
-        return start, 1 - batch["is_terminal"].flatten().float(), metrics
+        state = State(model.posterior.deter.flatten(0, 1), model.posterior.stoch.flatten(0, 1))
+        return Start(state, 1 - batch["is_terminal"].flatten().float()), metrics
 
     def learn_behavior(
-        self, start: State, cont: Tensor, noise: ImaginationNoise, optimizers: "Optimizers"
+        self, model: WorldModel, start: Start, noise: ImaginationNoise, optimizers: "Optimizers"
     ) -> dict[str, Tensor]:
-        """The gradients of actor and critic, with the critic's slow copy, from states (N, ...). Returns losses."""
-        behavior = self.behavior.loss(self.world_model, start, cont, noise)
+        """The gradients of actor and critic, with the critic's slow copy. Returns losses."""
+        behavior = self.behavior.loss(model, *start, noise)
         optimizers.actor.collect(behavior.actor)
         optimizers.critic.collect(behavior.critic)
         losses = ("actor", "critic")

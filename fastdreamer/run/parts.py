@@ -11,7 +11,9 @@ from fastdreamer_kernels import ops
 from torch import nn
 
 from fastdreamer import envs
-from fastdreamer.algorithm.agent import Agent, Optimizers
+from fastdreamer.algorithm.agent import Agent, Optimizers, Start
+from fastdreamer.algorithm.behavior import ImaginationNoise
+from fastdreamer.algorithm.world_model import WorldModel
 from fastdreamer.config import BadInput, Config
 from fastdreamer.envs import rendering
 from fastdreamer.envs.base import Spaces
@@ -19,7 +21,7 @@ from fastdreamer.replay import Replay, available_memory, describe
 from fastdreamer.runtime.acting import Acting
 from fastdreamer.runtime.device import CORES, choose_device, cuda_index, fast_bf16, generator, prepare_process
 from fastdreamer.runtime.graphs import Runtime
-from fastdreamer.runtime.learner import Batches, Learner
+from fastdreamer.runtime.learner import Batches, Learner, Overlapping, Sequential, Update
 
 UPDATE_ROOM = 6 * 10**9
 """Bytes of a GPU that are left to weights and an update's activations when the replay is placed."""
@@ -181,18 +183,31 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
         )
         return replay.sample(uniform, optim.batch_length)
 
-    def update() -> dict[str, torch.Tensor]:
+    def update_model() -> tuple[tuple[Start, ImaginationNoise], dict[str, torch.Tensor]]:
         batch, noise = batches(), agent.draw_update_noise(generators["learn"])
         with runtime.autocast():
-            return agent.update(batch, noise, optimizers)
+            start, metrics = agent.update_model(batch, noise.posterior, optimizers)
+        return (start, noise.imagination), metrics
 
-    # Two graphs: a compiler would clone the parameters that an optimiser changes, and copy them back.
+    def update_behavior(model: WorldModel, handed: tuple[Start, ImaginationNoise]) -> dict[str, torch.Tensor]:
+        with runtime.autocast():
+            return agent.update_behavior(model, *handed, optimizers)
+
+    def update() -> dict[str, torch.Tensor]:
+        handed, metrics = update_model()
+        return metrics | update_behavior(agent.world_model, handed)
+
+    # Without the optimisers: a compiler would clone the parameters that they change, and copy them back.
     plain = {"learn_model": agent.learn_model, "learn_behavior": agent.learn_behavior}
     for name, fast in runtime.whole(plain).items():
         setattr(agent, name, fast)
     batches = Batches(draw, replay.device, device)
     drawn = ("learn",) if batches.ahead else ("learn", "replay")
-    learner = Learner(update, runtime=runtime, generators=[generators[name] for name in drawn], advance=batches.advance)
+    issue: Update = Sequential(update)
+    if runtime.record is not None:
+        randomness = [generators[name] for name in drawn]
+        issue = Overlapping(runtime, agent.world_model, update_model, update_behavior, randomness)
+    learner = Learner(issue, advance=batches.advance)
     acting = make_acting(runtime, agent, config.env.envs, generators["act"])
     return Parts(config, device, runtime, environments, agent, optimizers, replay, batches, learner, acting, generators)
 

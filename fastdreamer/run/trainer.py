@@ -131,6 +131,7 @@ class Trainer:
         self.envs.send(action)
         # Copies from the device to a ring in host memory would wait for all updates that were issued.
         self.replay.add(self.acting.staged if self.replay.device.type == "cpu" else rows)
+        self.learner.join()
         self.acting.refresh()
 
     def _receive(self) -> None:

@@ -1,6 +1,5 @@
 """Decisions: rows staged to the device, and the agent's answers on a stream of their own."""
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -12,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from fastdreamer.envs.base import Step
 from fastdreamer.runtime.graphs import Runtime
+from fastdreamer.runtime.snapshot import Snapshot
 
 Rows = dict[str, Tensor]
 
@@ -71,7 +71,8 @@ class Acting:
         """`captured`: as a graph, where `runtime` records; not worth it, nor its memory, for a few episodes."""
         self.carry, self._stage, self._rows = carry, Stager(runtime.device), Rows()
         apart = captured and runtime.record is not None
-        own, self._mine, self._theirs = snapshot(agent) if apart else (agent, [], [])
+        self._weights = Snapshot(agent) if apart else None
+        own = agent if self._weights is None else self._weights.module
         self._stream = torch.cuda.Stream(priority=-1) if apart and runtime.device.type == "cuda" else None
         self._fresh: torch.cuda.Event | None = None
         rows = self._rows
@@ -119,11 +120,9 @@ class Acting:
 
     def refresh(self) -> None:
         """From now on the learner's present weights act; what it did with the last rows comes before the next ones."""
-        if not self._mine:
+        if self._weights is None:
             return
-        with torch.no_grad():
-            for mine, theirs in zip(self._mine, self._theirs, strict=True):
-                torch._foreach_copy_(mine, theirs)  # pyright: ignore
+        self._weights.refresh()
         if self._stream is not None:
             self._fresh = torch.cuda.Event()
             self._fresh.record()
@@ -132,33 +131,3 @@ class Acting:
     def _own_stream(self) -> Iterator[None]:
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             yield
-
-
-def snapshot(module: nn.Module) -> tuple[nn.Module, list[list[Tensor]], list[list[Tensor]]]:
-    """A copy of a module, its memory, and the module's own in the same order: lists of tensors of one dtype each.
-
-    They are few, for the parameters that one optimiser steps lie in one vector, and lie so in the copy, too. What fills
-    little of a vector (its numbers are not what is used of most parameters) is copied one by one.
-    """
-    # What was compiled of it is the original's.
-    memo: dict[int, Any] = {id(value): value for value in vars(module).values() if callable(value)}
-    copied = copy.deepcopy(module, memo)
-    pieces: dict[tuple[int, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
-    owned, own = ((*each.parameters(), *each.buffers()) for each in (module, copied))
-    for theirs, mine in zip(owned, own, strict=True):
-        pieces.setdefault((theirs.untyped_storage().data_ptr(), theirs.dtype), []).append((mine, theirs.detach()))
-    pairs: dict[torch.dtype, list[tuple[Tensor, Tensor]]] = {}
-    for (_, dtype), piece in pieces.items():
-        length = piece[0][1].untyped_storage().nbytes() // dtype.itemsize
-        if 2 * sum(theirs.numel() for _, theirs in piece) >= length:
-            flat = torch.as_strided(piece[0][1], (length,), (1,), 0)
-            fresh = flat.clone()
-            pairs.setdefault(dtype, []).append((fresh, flat))
-            for mine, theirs in piece:
-                mine.data = torch.as_strided(fresh, theirs.shape, theirs.stride(), theirs.storage_offset())
-        else:
-            for mine, theirs in piece:
-                mine.data = theirs.clone()
-                pairs.setdefault(dtype, []).append((mine.data, theirs))
-    groups = pairs.values()
-    return copied, [[mine for mine, _ in each] for each in groups], [[theirs for _, theirs in each] for each in groups]

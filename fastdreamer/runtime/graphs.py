@@ -159,7 +159,8 @@ class Runtime:
         """`fused`: the operations are our kernels, so that a whole update is a graph of moderate size."""
         self.device, self.precision, self.compile, self.fused, self.say = device, precision, compile, fused, say
         self.record = record or (record_cuda_graph if compile and device.type == "cuda" else None)
-        self._updates = torch.cuda.Stream() if self.record is record_cuda_graph else None
+        # What an update waits for most are few programs that wait for each other.
+        self._updates = torch.cuda.Stream(priority=-1) if self.record is record_cuda_graph else None
         # Not where something is recorded: autocast's cache is not made for that.
         here = device.type == "cpu" and precision == "bf16" and not fused and self.record is None
         self._keeps_casts = here and casts_know_gradients()

@@ -1,14 +1,17 @@
-"""Updates: batches copied ahead, and metrics read a step late."""
+"""Updates: batches copied ahead, two updates at a time, and metrics read late."""
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastdreamer.runtime.graphs import Runtime
+from fastdreamer.runtime.snapshot import Snapshot
 
 Rows = dict[str, Tensor]
 
@@ -56,6 +59,114 @@ class Batches:
             }
 
 
+class Reading(NamedTuple):
+    """Metrics on their way to the host: they are there when the event has passed, or at once without one."""
+
+    names: list[str]
+    values: Tensor
+    event: torch.cuda.Event | None
+
+
+Result = TypeVar("Result")
+
+
+class Measured(Generic[Result]):
+    """A function that gives a result and metrics, which leave for the host by themselves. Captured where `runtime`
+    captures."""
+
+    def __init__(
+        self,
+        function: Callable[[], tuple[Result, Mapping[str, Tensor]]],
+        runtime: Runtime | None = None,
+        generators: Sequence[torch.Generator] = (),
+        name: str = "update",
+        stream: Any = None,
+    ):
+        self._names = names = list[str]()
+
+        # It knows nothing of this object: in a circle a graph would live until the garbage is collected.
+        def stacked() -> tuple[Result, Tensor]:
+            result, metrics = function()
+            names[:] = metrics
+            return result, torch.stack([value.float() for value in metrics.values()])
+
+        self._run = runtime.captured(stacked, generators, name, stream) if runtime else stacked
+
+    def __call__(self) -> tuple[Result, Reading]:
+        result, values = self._run()
+        # A copy: the next call may write its metrics into the same tensor.
+        if not values.is_cuda:
+            return result, Reading(list(self._names), values.clone(), None)
+        host, event = torch.empty_like(values, device="cpu", pin_memory=True), torch.cuda.Event()
+        host.copy_(values, non_blocking=True)
+        event.record()
+        return result, Reading(list(self._names), host, event)
+
+
+class Update(Protocol):
+    """Issues a whole update."""
+
+    stream: torch.cuda.Stream | None
+    """Where it ends, if that is another stream than the current one."""
+
+    def __call__(self) -> list[Reading]: ...
+
+
+class Sequential:
+    """An update in the order in which it is written."""
+
+    stream: torch.cuda.Stream | None = None
+
+    def __init__(self, update: Callable[[], Mapping[str, Tensor]]):
+        self._update = Measured(lambda: ((), update()))
+
+    def __call__(self) -> list[Reading]:
+        return [self._update()[1]]
+
+
+Model = TypeVar("Model", bound=nn.Module)
+Handed = TypeVar("Handed")
+
+
+class Overlapping(Generic[Model, Handed]):
+    """An update in two halves, each a graph: the second one runs beside the first half of the next update.
+
+    `first` changes `model` and hands something on. `second` gets a copy of that and of the model as the first half left
+    it, and reads nothing else that a first half changes: so the order of the two makes no difference to any number.
+    On a GPU it has a stream of its own. The next copies are made when it is done with the last ones, and everything
+    else that is issued comes before or behind the first halves.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        model: Model,
+        first: Callable[[], tuple[Handed, Mapping[str, Tensor]]],
+        second: Callable[[Model, Handed], Mapping[str, Tensor]],
+        generators: Sequence[torch.Generator],
+    ):
+        self._model, self._held = Snapshot(model), list[Handed]()
+        held, copied = self._held, self._model.module
+        cuda = runtime.device.type == "cuda"
+        self.stream = torch.cuda.Stream() if cuda else None
+        capturing = torch.cuda.Stream() if cuda else None
+        self._first = Measured(first, runtime, generators, "world model's update")
+        self._second = Measured(lambda: ((), second(copied, held[0])), runtime, (), "behaviour's update", capturing)
+
+    def __call__(self) -> list[Reading]:
+        handed, reading = self._first()
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        if not self._held:
+            self._held.append(tree_map(torch.empty_like, handed))
+        self._model.refresh(*zip(tree_leaves(self._held[0]), tree_leaves(handed), strict=True))
+        if self.stream is None:
+            return [reading, self._second()[1]]
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            return [reading, self._second()[1]]
+
+
 class NonFinite(Exception):
     """A loss of an update, or the norm of its gradient, was NaN or infinite."""
 
@@ -65,64 +176,53 @@ class NonFinite(Exception):
 
 
 class Learner:
-    """Runs updates and reads each one's metrics when the next has been issued, so that reading never waits.
+    """Runs updates and reads each one's metrics when later ones have been issued, so that reading never waits: one
+    later, or two where they come from a GPU, which has work to do while the host reads. `advance` goes before each."""
 
-    `update` is captured where `runtime` captures, with what it draws from `generators`; `advance` goes before it.
-    """
-
-    def __init__(
-        self,
-        update: Callable[[], Mapping[str, Tensor]],
-        *,
-        runtime: Runtime | None = None,
-        generators: Sequence[torch.Generator] = (),
-        advance: Callable[[], None] = lambda: None,
-    ):
+    def __init__(self, update: Update, *, advance: Callable[[], None] = lambda: None):
         self.updates = 0
-        self._advance, names = advance, list[str]()
-        self._names = names
-
-        # It knows nothing of this object: in a circle a graph would live until the garbage is collected.
-        def stacked() -> Tensor:
-            metrics = update()
-            names[:] = metrics
-            return torch.stack([value.float() for value in metrics.values()])
-
-        self._issue = runtime.captured(stacked, generators, "update") if runtime else stacked
-        self._pending: tuple[int, list[str], Tensor, torch.cuda.Event | None] | None = None
+        self._issue, self._advance = update, advance
+        self._pending: deque[tuple[int, list[Reading]]] = deque()
         self._sums: dict[str, float] = {}
         self._count = 0
 
     def step(self) -> None:
-        """Issues one update. Raises NonFinite for the one before."""
+        """Issues one update. Raises NonFinite for an earlier one."""
         self._advance()
-        values, event = self._issue(), None
+        readings = self._issue()
         self.updates += 1
-        # A copy: the next update may write its metrics into the same tensor.
-        if values.is_cuda:
-            values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        else:
-            values = values.clone()
-        issued = (self.updates, list(self._names), values, event)
-        self.settle()
-        self._pending = issued
+        late = 1 if readings[-1].event is None else 2
+        self._pending.append((self.updates, readings))
+        while len(self._pending) > late:
+            self._read()
+
+    @property
+    def ends_on(self) -> torch.cuda.Stream | None:
+        """The stream on which an update ends, if it is not the current one."""
+        return self._issue.stream
+
+    def join(self) -> None:
+        """What is issued from here on finds whole updates done."""
+        if self.ends_on is not None:
+            torch.cuda.current_stream().wait_stream(self.ends_on)
 
     def settle(self, *, wait: bool = True) -> None:
-        """Reads the metrics of the last issued update (without `wait`: if it has run). Raises NonFinite."""
-        if self._pending is None:
-            return
-        update, names, values, event = self._pending
-        if not wait and event is not None and not event.query():
-            return
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        for name, value in zip(names, values.tolist(), strict=True):
-            if name.startswith(("loss/", "grad/")) and not np.isfinite(value):
-                raise NonFinite(update, name, value)
-            self._sums[name] = self._sums.get(name, 0.0) + value
+        """Reads the metrics of all issued updates (without `wait`: of those that have run). Raises NonFinite."""
+        while self._pending:
+            events = [reading.event for reading in self._pending[0][1] if reading.event is not None]
+            if not wait and not all(event.query() for event in events):
+                return
+            self._read()
+
+    def _read(self) -> None:
+        update, readings = self._pending.popleft()
+        for names, values, event in readings:
+            if event is not None:
+                event.synchronize()
+            for name, value in zip(names, values.tolist(), strict=True):
+                if name.startswith(("loss/", "grad/")) and not np.isfinite(value):
+                    raise NonFinite(update, name, value)
+                self._sums[name] = self._sums.get(name, 0.0) + value
         self._count += 1
 
     def means(self) -> dict[str, float]:

@@ -16,8 +16,10 @@ import torch
 from fastdreamer_kernels import cases, ops
 
 from fastdreamer.config import SIZES, Config
+from fastdreamer.run import parts as building
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.run.workload import Way, configure, ready
+from fastdreamer.runtime.graphs import Runtime
 
 FOLDER = Path(__file__).parents[2] / "profiling"
 sys.path.insert(0, str(FOLDER))
@@ -109,13 +111,16 @@ def test_marks_end_with_an_error(trainer: Trainer) -> None:
     assert attributes(trainer) == before
 
 
-def test_a_captured_update_is_one_range() -> None:
+def test_each_half_of_a_captured_update_is_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_runtime(config: Config, device: torch.device) -> Runtime:
+        return Runtime(device, record=lambda function, generators, stream: (function(), function))
+
+    monkeypatch.setattr(building, "make_runtime", make_runtime)
     with ready(small()) as trainer:
-        trainer.parts.runtime.record = lambda function, generators, stream: (function(), function)
         names = []
         with parts.marked(trainer, lambda name: names.append(name), lambda _: None):
             updates.turn(trainer, trainer.envs.recv())
-    assert {parts.WHOLE, "act", "copy", parts.REST} == set(names)
+    assert {*parts.HALVES, "act", "copy", parts.REST} == set(names)
 
 
 def test_a_trace_of_an_update(trainer: Trainer, tmp_path: Path) -> None:

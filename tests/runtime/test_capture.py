@@ -27,6 +27,7 @@ from fastdreamer.run import parts as building
 from fastdreamer.run.parts import build
 from fastdreamer.run.trainer import Trainer
 from fastdreamer.runtime.graphs import Captured, Runtime
+from fastdreamer.runtime.learner import Sequential
 
 CPU, THOROUGH = torch.device("cpu"), pytest.mark.thorough
 Function = Callable[[], Any]
@@ -116,7 +117,12 @@ def record_fx(
 
 
 def trained(
-    monkeypatch: pytest.MonkeyPatch, arguments: Sequence[str], updates: int, *, captured: bool, precision: str = "fp32"
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: Sequence[str],
+    updates: int,
+    *,
+    captured: bool,
+    precision: str = "fp32",
 ) -> tuple[dict[str, Any], list[str]]:
     """What a run of some updates leaves, with its updates and decisions replayed as recorded, or run as they are."""
     said: list[str] = []
@@ -176,25 +182,45 @@ def test_updates_replayed_as_recorded_equal_those_run(
     (run, _), (replayed, said) = (
         trained(monkeypatch, arguments, 8, captured=captured, precision=precision) for captured in (False, True)
     )
-    assert {"the update is captured as one graph", "the decision is captured as one graph"} <= set(said)
+    recorded = ("world model's update", "behaviour's update", "decision")
+    assert {f"the {name} is captured as one graph" for name in recorded} <= set(said)
     assert run["counts"]["steps"][0] == 8
     assert run["counts"]["rows"] > run["counts"]["slots"]
     assert not differences(run["counts"], replayed["counts"])
     assert apart(run, replayed) < (0.01 if precision == "fp32" else 0.1)
 
 
+def test_updates_whose_halves_overlap_are_those_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the second half reads is a copy, and whatever it changes no first half reads: bit for bit."""
+    arguments = [*GYM, "--train-ratio", "4", "--replay-capacity", "24"]
+    overlapped, _ = trained(monkeypatch, arguments, 5, captured=False)
+
+    def in_order(runtime: Runtime, model: Any, first: Function, second: Callable[..., Any], generators: Any) -> Any:
+        def update() -> dict[str, Tensor]:
+            handed, metrics = first()
+            return metrics | second(model, handed)
+
+        return Sequential(update)
+
+    monkeypatch.setattr(building, "Overlapping", in_order)
+    ordered, _ = trained(monkeypatch, arguments, 5, captured=False)
+    assert not differences(overlapped["counts"], ordered["counts"])
+    assert not differences(overlapped["agent"].state_dict(), ordered["agent"].state_dict())
+    assert differences(ordered["before"].state_dict(), ordered["agent"].state_dict())
+
+
 def test_a_count_in_python_is_frozen_and_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the test above would say nothing."""
-    plain = Agent.update
+    plain = Agent.update_model
 
-    def counting(self: Agent, batch: Any, noise: Any, optimizers: Any) -> Any:
+    def counting(self: Agent, batch: Any, uniform: Any, optimizers: Any) -> Any:
         counts.append(1)
         optimizers.model.lr = 1e-5 * 2 ** len(counts)
-        return plain(self, batch, noise, optimizers)
+        return plain(self, batch, uniform, optimizers)
 
     counts: list[int] = []
     arguments = [*GYM, "--train-ratio", "4"]
-    monkeypatch.setattr(Agent, "update", counting)
+    monkeypatch.setattr(Agent, "update_model", counting)
     run, _ = trained(monkeypatch, arguments, 8, captured=False)
     counts.clear()
     replayed, _ = trained(monkeypatch, arguments, 8, captured=True)
@@ -203,16 +229,16 @@ def test_a_count_in_python_is_frozen_and_seen(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_cannot_be_captured_says_why_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """A host sync, as `.item()` is one."""
-    plain = Agent.update
+    plain = Agent.update_model
 
-    def syncing(self: Agent, batch: Any, noise: Any, optimizers: Any) -> Any:
+    def syncing(self: Agent, batch: Any, uniform: Any, optimizers: Any) -> Any:
         optimizers.model.lr = 1e-3 if batch["reward"].sum().item() > 1e9 else 1e-4
-        return plain(self, batch, noise, optimizers)
+        return plain(self, batch, uniform, optimizers)
 
-    monkeypatch.setattr(Agent, "update", syncing)
+    monkeypatch.setattr(Agent, "update_model", syncing)
     (run, _), (replayed, said) = (trained(monkeypatch, GYM, 4, captured=captured) for captured in (False, True))
-    (line,) = [line for line in said if "update" in line]
-    assert line.startswith("the update could not be captured and runs uncaptured: ")
+    (line,) = [line for line in said if "world model" in line]
+    assert line.startswith("the world model's update could not be captured and runs uncaptured: ")
     assert "\n" not in line
     assert apart(run, replayed) < 0.01
 

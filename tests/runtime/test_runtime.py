@@ -17,7 +17,7 @@ from fastdreamer.runtime import graphs as machinery
 from fastdreamer.runtime.acting import Stager
 from fastdreamer.runtime.device import choose_device, generator
 from fastdreamer.runtime.graphs import Runtime, casts_know_gradients
-from fastdreamer.runtime.learner import Batches, Learner, NonFinite
+from fastdreamer.runtime.learner import Batches, Learner, NonFinite, Sequential
 
 CPU = torch.device("cpu")
 
@@ -43,7 +43,7 @@ def test_staged_rows_are_in_host_memory_too(device: str) -> None:
 
 def test_metrics_come_one_update_late_and_average() -> None:
     values = iter([1.0, 3.0, 8.0])
-    learner = Learner(lambda: {"loss/x": torch.tensor(next(values))})
+    learner = Learner(Sequential(lambda: {"loss/x": torch.tensor(next(values))}))
     learner.step()
     assert learner.means() == {}
     learner.step()
@@ -58,7 +58,7 @@ def test_a_checkpoint_keeps_what_was_not_logged_yet() -> None:
     def update() -> Mapping[str, Tensor]:
         return {"loss/x": torch.tensor(2.0)}
 
-    learner, other = Learner(update), Learner(update)
+    learner, other = Learner(Sequential(update)), Learner(Sequential(update))
     learner.step()
     other.load(learner.state())
     assert (other.updates, other.means()) == (1, {"loss/x": 2.0})
@@ -68,7 +68,7 @@ def test_a_checkpoint_keeps_what_was_not_logged_yet() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_named_with_its_update(name: str, value: float) -> None:
     values = iter([1.0, value, 1.0])
-    learner = Learner(lambda: {"behavior/y": torch.tensor(float("nan")), name: torch.tensor(next(values))})
+    learner = Learner(Sequential(lambda: {"behavior/y": torch.tensor(float("nan")), name: torch.tensor(next(values))}))
     learner.step()
     learner.step()
     with pytest.raises(NonFinite, match=rf"{name} was (nan|inf) at update 2"):
@@ -212,6 +212,7 @@ def test_trains_on_a_gpu(replay_device: str, objective: str, compile: str, capsy
         trainer.learner.settle()
         assert all(np.isfinite(value) for value in trainer.learner.means().values())
     said = capsys.readouterr().out
-    assert ("the update is captured as one graph" in said) == (compile == "compile")
+    for half in ("world model", "behaviour"):
+        assert (f"the {half}'s update is captured as one graph" in said) == (compile == "compile")
     assert ("the decision is captured as one graph" in said) == (compile == "compile")
     assert "could not be" not in said
