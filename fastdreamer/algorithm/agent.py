@@ -192,7 +192,8 @@ class Optimizers(NamedTuple):
     def weights(self, agent: Agent) -> dict[str, Tensor]:
         """The agent's parameters and buffers by name, as they are kept in float32: what a checkpoint keeps."""
         originals = {id(param): original for each in self for param, original in each.originals()}
-        return {name: originals.get(id(x), x.detach()) for name, x in agent.state_dict(keep_vars=True).items()}
+        kept: dict[str, Tensor] = agent.state_dict(keep_vars=True)
+        return {name: originals[id(x)] if id(x) in originals else x.detach() for name, x in kept.items()}
 
     def load_weights(self, agent: Agent, weights: dict[str, Tensor]) -> None:
         """Takes over what `weights` gave. Raises RuntimeError for other names or shapes."""

@@ -173,7 +173,10 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
     agent = build_agent(config, spaces, operations, device)
     optimizers = agent.make_optimizers(narrow=runtime.narrow)
     place = choose_replay_device(config, spaces, device)
-    replay = make_replay(config, spaces, operations, place, near=place == device)
+    # What an encoder would round anyway; a decoder that shapes the latents aims at pixels as they are.
+    rounded = runtime.narrow and config.model.decoder != "attached"
+    images = torch.uint8 if place != device else torch.bfloat16 if rounded else torch.float32
+    replay = make_replay(config, spaces, operations, place, images)
     streams = {"learn": (device, LEARN_STREAM), "act": (device, ACT_STREAM), "replay": (replay.device, REPLAY_STREAM)}
     generators = {name: generator(where, config.seed, stream) for name, (where, stream) in streams.items()}
 
@@ -212,14 +215,16 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
     return Parts(config, device, runtime, environments, agent, optimizers, replay, batches, learner, acting, generators)
 
 
-def make_replay(config: Config, spaces: Spaces, operations: ops.Ops, device: torch.device, near: bool) -> Replay:
-    """The replay on `device`; `near` the learner batches are made ready there, elsewhere as few bytes as can be."""
+def make_replay(
+    config: Config, spaces: Spaces, operations: ops.Ops, device: torch.device, images: torch.dtype
+) -> Replay:
+    """The replay on `device`. Batches have `images` as an update wants them, or uint8 where they have a way to go."""
     print(describe(spaces, config.replay.replay_capacity, device), flush=True)
     return Replay(
         spaces,
         config.env.envs,
         config.replay.replay_capacity,
-        gather=(operations if near else ops.load("reference")).gather_sequences,
-        images=torch.float32 if near else torch.uint8,
+        gather=(ops.load("reference") if images == torch.uint8 else operations).gather_sequences,
+        images=images,
         device=device,
     )

@@ -24,6 +24,7 @@ from fastdreamer.envs.base import Step
 from fastdreamer.run import logger, records
 from fastdreamer.run.checkpoint import Checkpoints, shapes
 from fastdreamer.run.evaluation import episode_limit, evaluate, record, teller
+from fastdreamer.run.limit import Limit
 from fastdreamer.run.parts import Parts
 from fastdreamer.run.records import resume_command
 from fastdreamer.runtime.learner import NonFinite
@@ -42,6 +43,7 @@ class Trainer:
         self._counted = (0, 0)
         self.returns = np.zeros(parts.config.env.envs)
         self.lengths = np.zeros(parts.config.env.envs, np.int64)
+        self._limit = Limit(parts.config)
         self.pending: Step | None = None
         self.under_way = False
         """Whether a turn was cut short by a signal or a fault: its actions are sent, and its rows not here yet."""
@@ -103,6 +105,7 @@ class Trainer:
         A signal cuts it short, and so does a fault of an environment: what is left of it is `under_way` then, comes
         first in the next call, and is part of a checkpoint. Raises Fault, NonFinite and BadInput.
         """
+        began = time.monotonic()
         if not self.under_way:
             if self.pending is None:
                 self._receive()
@@ -115,7 +118,12 @@ class Trainer:
                 return
             self.learner.step()
         self._log_updates()
+        waited = time.monotonic()
         self._receive()
+        now = time.monotonic()
+        line = self._limit.turn(now - waited, now - began, self.learner.updates)
+        if line is not None and self.log is not None:
+            self.log.message(line)
 
     def _decide(self, step: Step) -> None:
         """Sends the actions that follow a row, and stores it."""

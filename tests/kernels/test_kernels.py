@@ -375,7 +375,7 @@ def test_weights_in_the_precision_of_products_and_with_rows_wider_apart(batch_no
         leaves = {name: x.detach().requires_grad_() for name, x in given.items()}
         fresh = {name: x.clone() for name, x in inputs.items() if name.startswith("running") and x is not None}
         out = observe(**inputs | fresh | leaves)
-        total = sum(x.float().mul(torch.arange(x.shape[-1])).sum() for x in (out.deter, out.logits))
+        total = torch.stack([x.float().mul(torch.arange(x.shape[-1])).sum() for x in (out.deter, out.logits)]).sum()
         grads = torch.autograd.grad(total, [*leaves.values()])
         assert [grad.dtype for grad in grads] == [x.dtype for x in leaves.values()]
         results.append([*out, *(grad.bfloat16() for grad in grads)])

@@ -126,9 +126,10 @@ def test_a_product_goes_with_its_results() -> None:
 
 
 def test_a_snapshot_is_as_few_pieces_as_the_weights_lie_in() -> None:
-    module: nn.Module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), nn.Linear(8, 200))
+    wide = nn.Linear(8, 200)
+    module: nn.Module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4), wide)
     module = module.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    Optimizer(module.parameters(), ops.load("reference"), lr=1.0, eps=1.0, clip=1.0, narrow=module[2].parameters())
+    Optimizer(module.parameters(), ops.load("reference"), lr=1.0, eps=1.0, clip=1.0, narrow=wide.parameters())
     snapshot = Snapshot(module)
     # What is not narrow of the vector, running mean and variance, each by itself; the narrow vector, and a count.
     sizes = {dtype: [mine.numel() for mine, _ in pieces] for dtype, pieces in snapshot._pairs.items()}

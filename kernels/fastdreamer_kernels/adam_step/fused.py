@@ -196,7 +196,7 @@ def adam_step(
     if slow is not None and slow.numel() > param.numel():
         raise ValueError(f"adam_step: slow has {slow.numel()} numbers and param {param.numel()}: it follows the first.")
     if slow_narrow is not None:
-        alike["slow_narrow"] = slow_narrow, (0,) if slow is None else slow.shape
+        alike["slow_narrow"] = slow_narrow, torch.Size([0]) if slow is None else slow.shape
     check_shapes("adam_step", **alike)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:

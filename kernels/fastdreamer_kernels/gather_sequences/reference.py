@@ -37,7 +37,9 @@ def gather_sequences(ring: Steps, index: Tensor, begins: Tensor, dtype: torch.dt
     image = None if ring.image is None else take(ring.image, index)
     if image is not None and dtype != torch.uint8:
         # (B, T, 3, H, W) with strides of (B, T, H, W, 3)
-        image = image.movedim(-3, -1).contiguous().movedim(-1, -3).to(dtype).div_(255).sub_(0.5)
+        # Rounded once, at the end.
+        wide = torch.promote_types(dtype, torch.float32)
+        image = image.movedim(-3, -1).contiguous().movedim(-1, -3).to(wide).div_(255).sub_(0.5).to(dtype)
     action = take(ring.action, index)
     if shift:
         action = torch.cat([torch.zeros_like(action[:, :1]), action[:, :-1]], 1)
