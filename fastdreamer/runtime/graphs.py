@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 from fastdreamer_kernels.compiled import WORTH, compiled
+from fastdreamer_kernels.machine import EARLY
 from fastdreamer_kernels.ops import Ops
 from torch import Tensor
 
@@ -200,9 +201,13 @@ class Runtime:
         config.trace_autograd_ops = True  # pyright: ignore[reportAttributeAccessIssue]
         # Before, Inductor's reordering of loops fails on gradients of decoders and of small networks.
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        options: dict[str, Any] | None = {"loop_ordering_after_fusion": False} if version < (2, 13) else None
+        options: dict[str, Any] = {"loop_ordering_after_fusion": False} if version < (2, 13) else {}
+        if EARLY:
+            options["triton.enable_pdl"] = True
         return {
-            name: _Fallback(torch.compile(part, fullgraph=True, dynamic=False, options=options), part, name, self)
+            name: _Fallback(
+                torch.compile(part, fullgraph=True, dynamic=False, options=options or None), part, name, self
+            )
             for name, part in parts.items()
         }
 

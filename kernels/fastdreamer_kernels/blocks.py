@@ -5,10 +5,21 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fastdreamer_kernels.machine import INTERPRETED
+from fastdreamer_kernels.machine import EARLY, INTERPRETED
 
 CUTS = tl.constexpr(INTERPRETED)
+WAITS = tl.constexpr(EARLY)
+
+
+@triton.jit
+def after_others():
+    """Where every kernel begins. A kernel that was started early goes on when all that the one before it wrote is there
+    to be read; the one behind it may be started, and waits in turn."""
+    if WAITS:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastdreamer_kernels.machine import INTERPRETED, TARGETS, Target, cdiv
+from fastdreamer_kernels.machine import EARLY, INTERPRETED, TARGETS, Target, cdiv
 
 MAX_COLUMNS = 16384
 """The widest row that one program holds."""
@@ -65,6 +65,9 @@ def launch(
     options: dict[str, Any] = {"enable_fp_fusion": True}
     if together:
         options["num_stages"] = 1
+    elif EARLY:
+        # Not a grid whose programs must all find room at once.
+        options["launch_pdl"] = True
     if maxnreg is not None:
         options["maxnreg"] = maxnreg
     if _records:

@@ -6,6 +6,10 @@ from typing import NamedTuple
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on CPU tensors. Read when a kernel's module is imported, never later."""
 
+EARLY = os.environ.get("FASTDREAMER_PDL") == "1" and not INTERPRETED
+"""Kernels start while the one before still runs, and wait inside for its end (programmatic dependent launch, compute
+capability 9.0). Off until a GPU has shown it right: what reads before it waits reads anything. Read once, as above."""
+
 
 class Target(NamedTuple):
     """What launchers ask of a machine: its processors, and the shared memory that one program can have, in bytes."""

@@ -1,10 +1,12 @@
 """Ahead-of-time compilation for GPUs that are not here."""
 
+import ast
 import functools
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from fastdreamer_kernels import aot, cases
@@ -142,3 +144,39 @@ def test_the_interpreter_leaves_nothing_to_compile(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert aot.main([]) == 2
     assert capsys.readouterr() == ("", "error: TRITON_INTERPRET=1 leaves nothing to compile: unset it.\n")
+
+
+EARLY = r"""
+import re
+from fastdreamer_kernels import aot, cases
+
+for variant in aot.variants(cases.preset("tiny"), "sm_90"):
+    options = dict(variant.options)
+    assert options.get("launch_pdl", False) != (options.get("num_stages") == 1), variant
+    text = aot._compiled(variant, "sm_90").asm["ptx"]
+    wait, first = text.index("griddepcontrol.wait"), re.search(r"\b(?:ld|st|atom|red)\.(?:\w+\.)*global", text)
+    assert wait < first.start(), variant
+    print(variant.kernel)
+"""
+
+
+@pytest.mark.thorough
+def test_a_kernel_that_is_started_early_touches_no_memory_before_it_has_waited() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], capture_output=True, text=True, timeout=3600,
+        env=ENVIRONMENT | {"FASTDREAMER_PDL": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(set(done.stdout.split())) > 15
+
+
+def test_every_kernel_begins_where_it_may_have_to_wait() -> None:
+    kernels = Path(aot.__file__).parent.glob("*/*.py")
+    found = [
+        (node.name, ast.unparse(node.body[1 if ast.get_docstring(node) else 0]))
+        for path in kernels
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    ]
+    assert len(found) > 20
+    assert [name for name, first in found if first != "after_others()"] == []

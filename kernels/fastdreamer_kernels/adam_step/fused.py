@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import expm1, read, write
+from fastdreamer_kernels.blocks import after_others, expm1, read, write
 from fastdreamer_kernels.launch import check, check_shapes, launch
 from fastdreamer_kernels.machine import cdiv
 
@@ -18,6 +18,7 @@ WRITTEN = ("param", "mean", "square", "step", "slow", "narrow", "slow_narrow")
 @triton.jit
 def norm_kernel(grad_ptr, partial_ptr, step_ptr, size, BLOCK: tl.constexpr):
     """Each program's own sum of squares: partial (programs); and the count of steps advances."""
+    after_others()
     total = tl.zeros([BLOCK], tl.float32)
     # Offsets are 64 bits wide from here on: sizes beyond 2^31 are numbers of parameters one may have.
     stride = tl.num_programs(0).to(tl.int64) * BLOCK
@@ -59,6 +60,7 @@ def step_kernel(
     PARTIALS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    after_others()
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     # Under way before anything waits for the norm.

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdreamer_kernels.batch_norm_act.reference import update_running
-from fastdreamer_kernels.blocks import place, read, silu, silu_slope, sum_rows, write
+from fastdreamer_kernels.blocks import after_others, place, read, silu, silu_slope, sum_rows, write
 from fastdreamer_kernels.launch import Tile, check, check_shapes, launch, launch_rows, programs, tile
 from fastdreamer_kernels.machine import cdiv
 
@@ -34,6 +34,7 @@ def few_forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < columns
@@ -65,6 +66,7 @@ def few_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     row = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < columns
@@ -88,6 +90,7 @@ def moments_kernel(x_ptr, partial_ptr, rows, columns, ROWS: tl.constexpr, COLUMN
     Each of the block's places keeps a running mean and squares around it (Welford), for a plain sum of squares would
     lose a variance that is small beside the mean.
     """
+    after_others()
     column = tl.arange(0, COLUMNS)
     count = tl.zeros([ROWS, 1], tl.float32)
     mean = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -123,6 +126,7 @@ def apply_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     _, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     there = column < columns
     scale = tl.rsqrt(read(var_ptr, column, there) + EPS) * read(weight_ptr, column, there)
@@ -146,6 +150,7 @@ def sums_kernel(
     COLUMNS: tl.constexpr,
 ):
     """Each program's own sums of dweight and dbias: partial (programs, 2, columns) fp32."""
+    after_others()
     column = tl.arange(0, COLUMNS)
     there = column < columns
     rstd = tl.rsqrt(read(var_ptr, column, there) + EPS)[None, :]
@@ -181,6 +186,7 @@ def dx_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     _, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     there = column < columns
     rstd = tl.rsqrt(read(var_ptr, column, there) + EPS)[None, :]

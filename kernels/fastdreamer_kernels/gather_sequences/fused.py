@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import write
+from fastdreamer_kernels.blocks import after_others, write
 from fastdreamer_kernels.gather_sequences.reference import Steps, take
 from fastdreamer_kernels.launch import check, check_shapes, launch
 from fastdreamer_kernels.machine import cdiv
@@ -14,6 +14,7 @@ from fastdreamer_kernels.machine import cdiv
 @triton.jit
 def image_kernel(ring_ptr, index_ptr, out_ptr, pixels, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK values of one image, in the order in which they are written, (pixels, CHANNELS)."""
+    after_others()
     row = tl.program_id(0).to(tl.int64)
     step = tl.load(index_ptr + row)
     value = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -50,6 +51,7 @@ def fields_kernel(
     COLUMNS: tl.constexpr,
 ):
     """ROWS of B*T rows; vectors and actions COLUMNS at a time."""
+    after_others()
     row = tl.arange(0, ROWS).to(tl.int64) + tl.program_id(0) * ROWS
     there = row < rows
     step = tl.load(index_ptr + row, mask=there, other=0)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import place, read, sum_rows, tanh, write
+from fastdreamer_kernels.blocks import after_others, place, read, sum_rows, tanh, write
 from fastdreamer_kernels.launch import check, check_shapes, launch, launch_rows, programs, tile
 from fastdreamer_kernels.machine import cdiv
 
@@ -63,6 +63,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     row, column, at, inside = place(tl.program_id(0) * ROWS, rows, size, ROWS, COLUMNS)
     reset, cand, update, _ = normal_gates(pre_ptr, row, column, inside, size, EPS)
     reset = scaled(reset, weight_ptr, bias_ptr, column, column < size)
@@ -118,6 +119,7 @@ def backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """dpre, ddeter, and if LEARNED each program's own sums of dweight and dbias: partial (programs, 6, size) fp32."""
+    after_others()
     column = tl.arange(0, COLUMNS)
     there = column < size
     dweight_reset = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -177,6 +179,7 @@ def wide_backward_kernel(
 
     Also the row's mean and 1 / deviation, for `sums_kernel`: stats (rows, 2) fp32.
     """
+    after_others()
     row = tl.program_id(0).to(tl.int64)
     pre_ptr += row * 3 * size
     dpre_ptr += row * 3 * size
@@ -234,6 +237,7 @@ def sums_kernel(
     COLUMNS: tl.constexpr,
 ):
     """The sums of dweight and dbias over a share of the rows, for COLUMNS of each gate: partial (programs, 6, size)."""
+    after_others()
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     there = column < size
     dweight_reset = tl.zeros([ROWS, COLUMNS], tl.float32)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import place, read, softmax, softmax_backward, unimix, write
+from fastdreamer_kernels.blocks import after_others, place, read, softmax, softmax_backward, unimix, write
 from fastdreamer_kernels.kl_balance.reference import KL
 from fastdreamer_kernels.launch import check, check_shapes, launch, tile
 from fastdreamer_kernels.machine import cdiv
@@ -31,6 +31,7 @@ def forward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """One program for each sum over `categoricals`, ROWS of them at a time."""
+    after_others()
     sum_number = tl.program_id(0).to(tl.int64)
     first = sum_number * categoricals
     total = 0.0
@@ -65,6 +66,7 @@ def backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """One row is one categorical."""
+    after_others()
     row, _, at, inside = place(tl.program_id(0) * ROWS, rows, classes, ROWS, COLUMNS)
     owner = row // categoricals
     paid = read(value_ptr, owner, row < rows) >= FREE

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import read, write
+from fastdreamer_kernels.blocks import after_others, read, write
 from fastdreamer_kernels.launch import MAX_COLUMNS, check, check_shapes, launch
 from fastdreamer_kernels.machine import cdiv
 
@@ -32,6 +32,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     # Scanned from the last step backwards: row i of the block is step T - 1 - i.
     step = steps - 1 - tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -69,6 +70,7 @@ def backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """`flow[t]` is the gradient of all returns before t that reaches row t: that of R[t-1], where it looks at t."""
+    after_others()
     step = tl.arange(0, ROWS)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = (step < steps)[:, None] & (column < columns)[None, :]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import normalise, place, read, silu, silu_slope, sum_rows, write
+from fastdreamer_kernels.blocks import after_others, normalise, place, read, silu, silu_slope, sum_rows, write
 from fastdreamer_kernels.launch import check, check_shapes, launch_rows, programs, tile
 from fastdreamer_kernels.machine import cdiv
 
@@ -16,6 +16,7 @@ from fastdreamer_kernels.machine import cdiv
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
+    after_others()
     _, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     x = read(x_ptr, at, inside)
     weight = read(weight_ptr, column, column < columns)
@@ -41,6 +42,7 @@ def backward_kernel(
     COLUMNS: tl.constexpr,
 ):
     """dx, and if LEARNED each program's own sums of dweight and dbias: partial (programs, 2, columns) fp32."""
+    after_others()
     column = tl.arange(0, COLUMNS)
     weight = read(weight_ptr, column, column < columns)
     bias = read(bias_ptr, column, column < columns)

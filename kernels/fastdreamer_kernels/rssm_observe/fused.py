@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import normalise, place, read, silu, write
+from fastdreamer_kernels.blocks import after_others, normalise, place, read, silu, write
 from fastdreamer_kernels.launch import check, check_shapes, launch, launch_rows, target, tile
 from fastdreamer_kernels.machine import cdiv
 from fastdreamer_kernels.rssm_observe.phases import (
@@ -61,6 +61,7 @@ def forward_kernel(
     """Steps `begin` to `end`, phase PHASE of them, or with 0 all five. Tensors are (T, B, ...), `first` and what a step
     starts from one step longer; `offset` is added to the program's number, `programs` is how many there are. Rows of
     the weights of input and hidden layer, which are parts of wider ones, lie INP_ROW and HIDDEN_ROW apart."""
+    after_others()
     LATENT: tl.constexpr = S * K
     UNIT_TILES: tl.constexpr = (U + COLUMNS - 1) // COLUMNS
     DETER_TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
@@ -164,6 +165,7 @@ def backward_kernel(
 ):  # fmt: skip
     """As `forward_kernel`, four phases, counting steps from the last. Weights are transposed: (inputs, outputs), those
     of the gates (3, U + D, D)."""
+    after_others()
     LATENT: tl.constexpr = S * K
     UNIT_TILES: tl.constexpr = (U + COLUMNS - 1) // COLUMNS
     DETER_TILES: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
@@ -258,6 +260,7 @@ def normal_kernel(
 ):  # fmt: skip
     """Rows less their mean and over their deviation, with the mean and 1 / deviation of each; with ACT what the norm
     and SiLU give, too."""
+    after_others()
     row, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     x = read(x_ptr, at, inside)
     normal, rstd = normalise(x, inside, columns, EPS)
@@ -276,6 +279,7 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """A LayerNorm's input gradient, in the place of its normal output's; parts (T, TILES, 2, B) are what each tile of
     columns adds to the two sums of a row."""
+    after_others()
     row, _, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     rstd = read(rstd_ptr, row, row < rows)[:, None]
     normal = (read(x_ptr, at, inside) - read(mean_ptr, row, row < rows)[:, None]) * rstd

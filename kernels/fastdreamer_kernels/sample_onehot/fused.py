@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import place, read, softmax, softmax_backward, unimix, write
+from fastdreamer_kernels.blocks import after_others, place, read, softmax, softmax_backward, unimix, write
 from fastdreamer_kernels.launch import check, check_shapes, launch_rows, tile
 
 
@@ -34,6 +34,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     row, _, at, inside = place(tl.program_id(0) * ROWS, rows, classes, ROWS, COLUMNS)
     logits = read(logits_ptr, at, inside)
     uniform = read(uniform_ptr, row, row < rows)
@@ -51,6 +52,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     _, _, at, inside = place(tl.program_id(0) * ROWS, rows, classes, ROWS, COLUMNS)
     logits = read(logits_ptr, at, inside)
     dout = read(dout_ptr, at, inside)

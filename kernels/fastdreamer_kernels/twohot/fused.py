@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastdreamer_kernels.blocks import expm1, place, read, softmax, write
+from fastdreamer_kernels.blocks import after_others, expm1, place, read, softmax, write
 from fastdreamer_kernels.launch import check, check_shapes, launch_rows, tile
 from fastdreamer_kernels.machine import cdiv
 
@@ -38,6 +38,7 @@ def loss_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     row, column, at, inside = place(tl.program_id(0) * ROWS, rows, bins, ROWS, COLUMNS)
     logits = read(logits_ptr, at, inside)
     target = read(target_ptr, row, row < rows)
@@ -62,6 +63,7 @@ def loss_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     row, column, at, inside = place(tl.program_id(0) * ROWS, rows, bins, ROWS, COLUMNS)
     logits = read(logits_ptr, at, inside)
     target = read(target_ptr, row, row < rows)
@@ -104,6 +106,7 @@ def mean_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     row, _, _, _, _, _, _, _, expected = folded(logits_ptr, rows, bins, LOW, HIGH, ROWS, COLUMNS)
     write(mean_ptr, row, tl.where(expected < 0, -1.0, 1.0) * expm1(tl.abs(expected)), row < rows)
 
@@ -120,6 +123,7 @@ def mean_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    after_others()
     row, lower, in_lower, low, upper, in_upper, high, distance, expected = folded(
         logits_ptr, rows, bins, LOW, HIGH, ROWS, COLUMNS
     )
