@@ -204,6 +204,10 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
     plain = {"learn_model": agent.learn_model, "learn_behavior": agent.learn_behavior}
     for name, fast in runtime.whole(plain).items():
         setattr(agent, name, fast)
+    if place == device:
+        # Index arithmetic, which would be a kernel for each of its operations.
+        for name, fast in runtime.whole({"sample": replay.sample}).items():
+            setattr(replay, name, fast)
     batches = Batches(draw, replay.device, device)
     drawn = ("learn",) if batches.ahead else ("learn", "replay")
     issue: Update = Sequential(update)

@@ -119,11 +119,15 @@ def target(device: torch.device) -> Target:
 
 
 def programs(device: torch.device, work: int) -> int:
-    """How many programs share `work` tiles where each goes over several and keeps a sum of its own: 4 a processor.
+    """How many programs share `work` tiles where each goes over several and keeps a sum of its own: 4 a processor, or 1
+    where their sums, which have to be read again, would be as large as what they sum.
 
     Elsewhere than on a GPU there are two, so that the interpreter, too, meets programs with several tiles.
     """
-    return max(1, min(work, 4 * _target(device).processors if device.type == "cuda" else 2))
+    if device.type != "cuda":
+        return max(1, min(work, 2))
+    processors = _target(device).processors
+    return max(1, min(work, processors if work < 16 * processors else 4 * processors))
 
 
 def launch_rows(
