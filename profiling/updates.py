@@ -73,7 +73,6 @@ def turn(trainer: Trainer, step: Step) -> None:
     rows = trainer.acting(step)
     trainer.acting.actions()
     trainer.replay.add(rows)
-    trainer.learner.join()
     trainer.acting.refresh()
 
 

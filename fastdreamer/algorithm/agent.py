@@ -60,6 +60,13 @@ class Agent(nn.Module):
         if self.value_teacher is not None:
             self.value_teacher.requires_grad_(False)
 
+    def in_model(self, model: WorldModel) -> "Agent":
+        """This agent in all but its world model, whose place `model` takes."""
+        other = copy.copy(self)
+        other._modules = dict(self._modules)
+        other.world_model = model
+        return other
+
     def make_optimizers(self, *, narrow: bool = False) -> "Optimizers":
         """The three optimisers, whose steps also move the slow copies of value head and critic.
 

@@ -106,7 +106,15 @@ def state_bytes(agent: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors) + 4 * sum(p.numel() * 4 for p in trainable)
 
 
-def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generator, *, captured: bool = True) -> Acting:
+def make_acting(
+    runtime: Runtime,
+    agent: Agent,
+    count: int,
+    noise: torch.Generator,
+    *,
+    captured: bool = True,
+    learned_on: torch.cuda.Stream | None = None,
+) -> Acting:
     """The agent's decisions in `count` environments, drawn from `noise`, from their first rows on."""
     return Acting(
         runtime,
@@ -115,6 +123,7 @@ def make_acting(runtime: Runtime, agent: Agent, count: int, noise: torch.Generat
         agent.initial_carry(count, runtime.device),
         [noise],
         captured=captured,
+        learned_on=learned_on,
     )
 
 
@@ -211,11 +220,14 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
     batches = Batches(draw, replay.device, device)
     drawn = ("learn",) if batches.ahead else ("learn", "replay")
     issue: Update = Sequential(update)
+    # While decisions' weights are copied the world model's next update may be under way.
+    acting_agent = agent
     if runtime.record is not None:
         randomness = [generators[name] for name in drawn]
         issue = Overlapping(runtime, agent.world_model, update_model, update_behavior, randomness)
+        acting_agent = agent.in_model(issue.copy)
     learner = Learner(issue, advance=batches.advance)
-    acting = make_acting(runtime, agent, config.env.envs, generators["act"])
+    acting = make_acting(runtime, acting_agent, config.env.envs, generators["act"], learned_on=issue.stream)
     return Parts(config, device, runtime, environments, agent, optimizers, replay, batches, learner, acting, generators)
 
 

@@ -139,7 +139,6 @@ class Trainer:
         self.envs.send(action)
         # Copies from the device to a ring in host memory would wait for all updates that were issued.
         self.replay.add(self.acting.staged if self.replay.device.type == "cpu" else rows)
-        self.learner.join()
         self.acting.refresh()
 
     def _receive(self) -> None:
@@ -223,6 +222,7 @@ class Trainer:
         """Evaluates the agent as it is, records the result, and redraws the run's pictures; a signal cuts it short."""
         assert self.log is not None
         assert self.run_folder is not None
+        self.learner.settle()
         self.log.message(f"evaluating over {self.config.run.eval_episodes} episodes")
         result = evaluate(
             self.agent,

@@ -67,14 +67,17 @@ class Acting:
         generators: Sequence[torch.Generator],
         *,
         captured: bool = True,
+        learned_on: torch.cuda.Stream | None = None,
     ):
-        """`captured`: as a graph, where `runtime` records; not worth it, nor its memory, for a few episodes."""
+        """`captured`: as a graph, where `runtime` records; not worth it, nor its memory, for a few episodes.
+        `learned_on`: the stream on which the agent's weights come to be, if that is not the current one."""
         self.carry, self._stage, self._rows = carry, Stager(runtime.device), Rows()
         apart = captured and runtime.record is not None
         self._weights = Snapshot(agent) if apart else None
         own = agent if self._weights is None else self._weights.module
         self._stream = torch.cuda.Stream(priority=-1) if apart and runtime.device.type == "cuda" else None
         self._fresh: torch.cuda.Event | None = None
+        self._learned_on = learned_on
         rows = self._rows
 
         # It knows nothing of this object: in a circle a graph would live until the garbage is collected.
@@ -122,10 +125,13 @@ class Acting:
         """From now on the learner's present weights act; what it did with the last rows comes before the next ones."""
         if self._weights is None:
             return
-        self._weights.refresh()
-        if self._stream is not None:
-            self._fresh = torch.cuda.Event()
-            self._fresh.record()
+        if self._learned_on is not None:
+            self._learned_on.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._learned_on) if self._learned_on is not None else nullcontext():
+            self._weights.refresh()
+            if self._stream is not None:
+                self._fresh = torch.cuda.Event()
+                self._fresh.record()
 
     @contextmanager
     def _own_stream(self) -> Iterator[None]:

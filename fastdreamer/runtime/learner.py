@@ -111,6 +111,10 @@ class Update(Protocol):
 
     def __call__(self) -> list[Reading]: ...
 
+    def renew(self) -> None:
+        """Weights have been changed by another hand."""
+        ...
+
 
 class Sequential:
     """An update in the order in which it is written."""
@@ -123,6 +127,9 @@ class Sequential:
     def __call__(self) -> list[Reading]:
         return [self._update()[1]]
 
+    def renew(self) -> None:
+        pass
+
 
 Model = TypeVar("Model", bound=nn.Module)
 Handed = TypeVar("Handed")
@@ -132,9 +139,9 @@ class Overlapping(Generic[Model, Handed]):
     """An update in two halves, each a graph: the second one runs beside the first half of the next update.
 
     `first` changes `model` and hands something on. `second` gets a copy of that and of the model as the first half left
-    it, and reads nothing else that a first half changes: so the order of the two makes no difference to any number.
-    On a GPU it has a stream of its own. The next copies are made when it is done with the last ones, and everything
-    else that is issued comes before or behind the first halves.
+    it (`copy`), and reads nothing else that a first half changes: so the order of the two makes no difference to any
+    number. On a GPU it has a stream of its own. The next copies are made when it is done with the last ones, and
+    everything else that is issued comes before or behind the first halves: what wants whole updates waits for `stream`.
     """
 
     def __init__(
@@ -146,7 +153,8 @@ class Overlapping(Generic[Model, Handed]):
         generators: Sequence[torch.Generator],
     ):
         self._model, self._held = Snapshot(model), list[Handed]()
-        held, copied = self._held, self._model.module
+        held, self.copy = self._held, self._model.module
+        copied = self.copy
         cuda = runtime.device.type == "cuda"
         self.stream = torch.cuda.Stream() if cuda else None
         capturing = torch.cuda.Stream() if cuda else None
@@ -165,6 +173,9 @@ class Overlapping(Generic[Model, Handed]):
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             return [reading, self._second()[1]]
+
+    def renew(self) -> None:
+        self._model.refresh()
 
 
 class NonFinite(Exception):
@@ -201,11 +212,6 @@ class Learner:
         """The stream on which an update ends, if it is not the current one."""
         return self._issue.stream
 
-    def join(self) -> None:
-        """What is issued from here on finds whole updates done."""
-        if self.ends_on is not None:
-            torch.cuda.current_stream().wait_stream(self.ends_on)
-
     def settle(self, *, wait: bool = True) -> None:
         """Reads the metrics of all issued updates (without `wait`: of those that have run). Raises NonFinite."""
         while self._pending:
@@ -238,3 +244,4 @@ class Learner:
 
     def load(self, state: dict[str, Any]) -> None:
         self.updates, self._sums, self._count = state["updates"], dict(state["sums"]), state["count"]
+        self._issue.renew()

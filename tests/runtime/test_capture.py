@@ -200,7 +200,9 @@ def test_updates_whose_halves_overlap_are_those_in_order(monkeypatch: pytest.Mon
             handed, metrics = first()
             return metrics | second(model, handed)
 
-        return Sequential(update)
+        update_in_order: Any = Sequential(update)
+        update_in_order.copy = model
+        return update_in_order
 
     monkeypatch.setattr(building, "Overlapping", in_order)
     ordered, _ = trained(monkeypatch, arguments, 5, captured=False)

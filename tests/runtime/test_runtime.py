@@ -17,7 +17,7 @@ from fastdreamer.runtime import graphs as machinery
 from fastdreamer.runtime.acting import Stager
 from fastdreamer.runtime.device import choose_device, generator
 from fastdreamer.runtime.graphs import Runtime, casts_know_gradients
-from fastdreamer.runtime.learner import Batches, Learner, NonFinite, Sequential
+from fastdreamer.runtime.learner import Batches, Learner, NonFinite, Overlapping, Sequential
 
 CPU = torch.device("cpu")
 
