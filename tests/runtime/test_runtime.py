@@ -1,6 +1,7 @@
 """The machinery: staging, metrics read late, generators, and (on a GPU) batches copied ahead."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,73 @@ def test_what_is_not_finite_is_named_with_its_update(name: str, value: float) ->
     learner.step()
     with pytest.raises(NonFinite, match=rf"{name} was (nan|inf) at update 2"):
         learner.step()
+
+
+def test_the_second_half_of_an_update_reads_copies_of_what_the_first_left() -> None:
+    def first() -> tuple[Tensor, Mapping[str, Tensor]]:
+        with torch.no_grad():
+            model.weight += 1
+        return 10 * model.weight, {"loss/x": torch.tensor(1.0)}
+
+    def second(copied: nn.Linear, handed: Tensor) -> Mapping[str, Tensor]:
+        with torch.no_grad():
+            model.weight += 100
+        return {"loss/y": (copied.weight + handed).sum()}
+
+    model = nn.Linear(1, 1)
+    nn.init.zeros_(model.weight)
+    runtime = Runtime(CPU, record=lambda function, generators, stream: (function(), function))
+    issue = Overlapping(runtime, model, first, second, [])
+    learner = Learner(issue)
+    learner.step()
+    learner.settle()
+    assert learner.means() == {"loss/x": 1.0, "loss/y": 11.0}
+    assert issue.copy.weight.item() == 1
+    nn.init.constant_(model.weight, 5)
+    learner.load(learner.state())
+    assert issue.copy.weight.item() == 5
+
+
+@pytest.mark.gpu
+def test_halves_that_overlap_on_a_gpu_give_the_numbers_of_those_in_order() -> None:
+    """Captured and replayed many times over, with a second half that takes longer than a first."""
+
+    def update(model: nn.Linear, steps: int) -> tuple[Callable[[], Any], Callable[..., Any], Tensor]:
+        sums = torch.zeros(512, 512, device="cuda")
+
+        def first() -> tuple[Tensor, Mapping[str, Tensor]]:
+            with torch.no_grad():
+                model.weight.mul_(0.99).add_(0.01)
+            return model.weight.detach().cumsum(0), {"loss/x": model.weight.sum()}
+
+        def second(copied: nn.Linear, handed: Tensor) -> Mapping[str, Tensor]:
+            found = handed
+            for _ in range(steps):
+                found = torch.tanh(found @ copied.weight.detach() / 512)
+            sums.add_(found)
+            return {"loss/y": found.sum()}
+
+        return first, second, sums
+
+    results = []
+    for overlapping in (True, False):
+        torch.manual_seed(0)
+        model = nn.Linear(512, 512, device="cuda")
+        runtime = Runtime(torch.device("cuda"), compile=True, say=lambda _: None)
+        first, second, sums = update(model, 30)
+
+        def in_order(model: nn.Linear = model, first: Any = first, second: Any = second) -> Mapping[str, Tensor]:
+            handed, metrics = first()
+            return metrics | second(model, handed)
+
+        issue = Overlapping(runtime, model, first, second, []) if overlapping else Sequential(in_order)
+        learner = Learner(issue)
+        for _ in range(50):
+            learner.step()
+        learner.settle()
+        results.append((sums.clone(), learner.means()))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
 
 
 def test_generators_of_one_run_are_independent_and_repeat() -> None:
