@@ -1,9 +1,10 @@
 """How near each part of an update comes to what the device allows: floors from counted bytes and products.
 
 A part's floor is the longer of two times: its matrix products and convolutions at the device's matrix rate, and the
-bytes it must move at the device's copy bandwidth. Must: weights once, what comes in and goes out once each way, and
-nothing of what a part makes for itself, its backward pass included, which might compute it anew. A floor knows nothing
-of steps that wait for each other, so the posterior's and imagination's 64 and 15 steps cannot reach theirs.
+bytes it must move at the device's copy bandwidth. Must: weights once, what comes in and goes out once each way, what
+convolutions read and write, for no processor holds a map, and nothing else of what a part makes for itself, its
+backward pass included, which might compute it anew. A floor knows nothing of steps that wait for each other, so the
+posterior's and imagination's 64 and 15 steps cannot reach theirs.
 
 Rates are measured here, and the parts timed; with --device-rates they are a GPU's published peaks, nothing runs, and
 floors are printed in milliseconds for every size.
@@ -47,6 +48,8 @@ from fastdreamer.runtime.graphs import Runtime
 
 GATHERS = {"aten::index", "aten::index_select", "aten::gather", "aten::embedding"}
 """Operators that read of their first argument only as much as they give."""
+CONVOLUTIONS = {"aten::convolution", "aten::convolution_backward"}
+"""Operators whose tensors have to pass through memory, whoever made them."""
 OVERWRITES = {"aten::copy_", "aten::_foreach_copy_", "aten::fill_", "aten::zero_"}
 """Operators that change a tensor without reading it."""
 COPIED, ROUNDS = 2**28, 10
@@ -130,22 +133,26 @@ class Count(TorchDispatchMode):
         most = results[0].numel() if func._schema.name in GATHERS else None
         for i, tensor in enumerate(x for x in tree_leaves(given) if isinstance(x, Tensor)):
             if id(tensor) not in overwritten:
-                self._read(part, tensor, most if i == 0 else None)
+                self._read(part, tensor, most if i == 0 else None, own=func._schema.name in CONVOLUTIONS)
         for tensor in changed:
             key = self._storage(tensor)
             if self.owner.get(key) != part:
                 self.writes[part, key].append(extent(tensor))
         for tensor in results:
             self.owner.setdefault(self._storage(tensor), part)
+            if func._schema.name in CONVOLUTIONS:
+                self.writes[part, self._storage(tensor)].append(extent(tensor))
         return result
 
-    def _read(self, part: str, tensor: Tensor, most: int | None) -> None:
+    def _read(self, part: str, tensor: Tensor, most: int | None, *, own: bool) -> None:
         key, span = self._storage(tensor), extent(tensor)
         if most is not None:
             span = (span[0], min(span[1], span[0] + most * tensor.element_size()))
         # Until something has made it, a storage was there before all parts.
         maker = self.owner.setdefault(key, "")
         if maker == part or maker + BACKWARD == part or span in self.writes.get((part, key), ()):
+            if own:
+                self.reads[part, key].append(span)
             return
         self.reads[part, key].append(span)
         if maker:
