@@ -214,7 +214,7 @@ class RunConfig:
 class Config:
     """Everything that a run depends on."""
 
-    preset: Literal["demo", "dmc", "atari", "general"]
+    preset: Literal["demo", "dmc", "dmc-small", "atari", "general"]
     """Defaults for a kind of task; chosen by `--task` (or by whether there is a GPU) unless given."""
     task: str
     """Task: dmc/<domain>_<task>, atari/<game>, envpool/<Id>, gym/<Id> or gym/<module>:<Id>; synthetic/continuous or
@@ -322,6 +322,17 @@ PRESETS: dict[str, Config] = {
         run=RunConfig(frames=30_000, eval_episodes=100),
     ),
     "dmc": Config(preset="dmc", task="dmc/walker_walk"),
+    # What a CPU learns of a DeepMind Control task overnight: frames drawn fast, a short horizon, updates of 256 steps.
+    "dmc-small": Config(
+        preset="dmc-small",
+        task="dmc/cartpole_balance",
+        size="tiny",
+        env=EnvConfig(render="fast", action_repeat=4),
+        behavior=BehaviorConfig(horizon=12, gamma=0.985, entropy=1e-3),
+        optim=OptimConfig(batch_length=16, model_lr=1e-3, behavior_lr=1e-3),
+        replay=ReplayConfig(train_ratio=256),
+        run=RunConfig(frames=100_000),
+    ),
     "atari": Config(
         preset="atari",
         task="atari/pong",
@@ -342,8 +353,8 @@ def choose_preset(preset: str | None, task: str | None, cuda: bool) -> tuple[str
         name = family if family in ("dmc", "atari") else "general"
         return name, f"because --task is {task}; --preset takes another"
     if cuda:
-        return "dmc", "because there is a CUDA device; take another with --preset demo|dmc|atari or --task"
-    return "demo", "because there is no CUDA device; take another with --preset demo|dmc|atari or --task"
+        return "dmc", "because there is a CUDA device; take another with --preset demo|dmc|dmc-small|atari or --task"
+    return "demo", "because there is no CUDA device; take another with --preset demo|dmc|dmc-small|atari or --task"
 
 
 def defaults(preset: str, task: str | None = None, objective: str = "mudreamer") -> Config:

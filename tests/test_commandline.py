@@ -58,7 +58,7 @@ def test_counts_are_taken_by_every_option_that_is_one(tmp_path: Path) -> None:
         ("-frames 3", r"-frames is no option: did you mean --frames\?"),
         ("--xyzzy", r"--xyzzy is no option: --help lists them"),
         ("--no-frames", r"--no-frames is no option: did you mean --frames\?"),
-        ("--preset dmcc", r"--preset dmcc is none of demo, dmc, atari, general: did you mean dmc\?"),
+        ("--preset dmcc", r"--preset dmcc is none of demo, dmc, dmc-small, atari, general: did you mean dmc\?"),
         ("--size m", r"--size m is none of .*: did you mean M\?"),
         ("--size huge", r"--size huge is none of tiny, XS, S, M, L, XL: take one"),
         ("--task", r"--task needs a value: write --task TASK"),
