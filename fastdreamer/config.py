@@ -125,6 +125,39 @@ OBJECTIVES = {
 
 
 @dataclass(frozen=True)
+class AuxConfig:
+    """Losses beside those of the objective, each on where its weight is not 0; docs/objectives.md says what for."""
+
+    contrast: float = 0.0
+    """Weight of action-conditioned InfoNCE: later images told from the state and the actions between."""
+    contrast_negatives: Literal["actions", "time", "batch", "all"] = "actions"
+    """What the true pair is told from: other actions rewards only what actions change; `batch`, `time` and `all` invite
+    the background into the latents."""
+    contrast_steps: int = 1
+    """Steps between state and image, from 1 to this."""
+    contrast_samples: int = 15
+    """Other action sequences that the true one is among."""
+    bisim: float = 0.0
+    """Weight of bisimulation: latents as far apart as their rewards and futures; beside other heads only."""
+    bisim_discount: float = 0.9
+    """Share of the future in how far apart latents should be."""
+    consistency: float = 0.0
+    """Weight of forward consistency: the prior, rolled several steps, meets the posteriors."""
+    consistency_steps: int = 3
+    """Steps that the prior is rolled, 2 at least."""
+    consistency_decay: float = 0.5
+    """Weight of each step as a share of that of the one before."""
+    consistency_divergence: Literal["kl", "js"] = "kl"
+    """From posterior to prior: KL less the free nats, or Jensen-Shannon, which is bounded."""
+    jacobian: float = 0.0
+    """Weight of controllability: every direction of the action visible in the next recurrent state."""
+    jacobian_rows: int = 64
+    """States an update looks at for it."""
+    jacobian_sigma: float = 0.3
+    """Noise against which an action has to be visible."""
+
+
+@dataclass(frozen=True)
 class BehaviorConfig:
     """Actor and critic, learned in imagination."""
 
@@ -227,6 +260,7 @@ class Config:
     """Of weights, environments and all noise: on a CPU a run repeats bit for bit."""
     env: EnvConfig = field(default_factory=EnvConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    aux: AuxConfig = field(default_factory=AuxConfig)
     behavior: BehaviorConfig = field(default_factory=BehaviorConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
@@ -255,6 +289,7 @@ FIXED_ON_RESUME = {
     "action_head": _NETWORKS,
     "decoder": _NETWORKS,
     "batch_norm": _NETWORKS,
+    **dict.fromkeys(("contrast", "contrast_steps"), _NETWORKS),
     "replay_capacity": "the stored rows lie in a ring of this size",
     "prefill": "updates so far are counted from its end",
     "train_ratio": "updates so far are counted by it",
@@ -276,6 +311,22 @@ FREE_ON_RESUME = {
     "free_nats": _NEXT_UPDATE,
     "unimix": _NEXT_UPDATE,
     "teacher_ema": _NEXT_UPDATE,
+    **dict.fromkeys(
+        (
+            "contrast_negatives",
+            "contrast_samples",
+            "bisim",
+            "bisim_discount",
+            "consistency",
+            "consistency_steps",
+            "consistency_decay",
+            "consistency_divergence",
+            "jacobian",
+            "jacobian_rows",
+            "jacobian_sigma",
+        ),
+        _NEXT_UPDATE,
+    ),
     "horizon": _NEXT_UPDATE,
     "gamma": _NEXT_UPDATE,
     "lam": _NEXT_UPDATE,
@@ -401,6 +452,7 @@ TITLES = {
     "": "What to train",
     "env": "Environments",
     "model": "World model (--objective sets its parts together, each option here changes one)",
+    "aux": "Losses beside them (each is on where its weight is not 0)",
     "behavior": "Actor and critic, learned in imagination",
     "optim": "Updates and optimisers",
     "replay": "Replay of past steps",
@@ -500,7 +552,7 @@ def latest_run(root: Path) -> Path:
 
 def check(config: Config) -> None:
     """Raises BadInput for options that contradict each other or are out of range."""
-    env, model, dmc = config.env, config.model, config.task.startswith("dmc/")
+    env, model, aux, dmc = config.env, config.model, config.aux, config.task.startswith("dmc/")
     if "/" not in config.task:
         raise BadInput(f"--task {config.task} has no family: write dmc/, atari/, envpool/ or gym/ before the name.")
     for flag, given in (("--backend dm_control", env.backend == "dm_control"), ("--render fast", env.render == "fast")):
@@ -549,6 +601,10 @@ def check(config: Config) -> None:
         "--behavior-clip": config.optim.behavior_clip,
         "--batch-norm-eps": model.batch_norm_eps,
         "--unimix": model.unimix,
+        "--contrast-steps": aux.contrast_steps,
+        "--contrast-samples": aux.contrast_samples,
+        "--jacobian-rows": aux.jacobian_rows,
+        "--jacobian-sigma": aux.jacobian_sigma,
     }
     for flag, value in positive.items():
         if not 0 < value < math.inf:
@@ -563,6 +619,10 @@ def check(config: Config) -> None:
         "--beta-pred": model.beta_pred,
         "--beta-dyn": model.beta_dyn,
         "--beta-rep": model.beta_rep,
+        "--contrast": aux.contrast,
+        "--bisim": aux.bisim,
+        "--consistency": aux.consistency,
+        "--jacobian": aux.jacobian,
     }
     for flag, value in at_least_zero.items():
         if not 0 <= value < math.inf:
@@ -575,6 +635,8 @@ def check(config: Config) -> None:
         "--return-decay": config.behavior.return_decay,
         "--unimix": model.unimix,
         "--batch-norm-momentum": model.batch_norm_momentum,
+        "--bisim-discount": aux.bisim_discount,
+        "--consistency-decay": aux.consistency_decay,
     }
     for flag, value in fractions.items():
         if not 0 <= value <= 1:
@@ -582,6 +644,15 @@ def check(config: Config) -> None:
     length, replay = config.optim.batch_length, config.replay
     if length < 2:
         raise BadInput(f"--batch-length is {length} and must be at least 2: a row alone has nothing to predict.")
+    if aux.consistency_steps < 2:
+        raise BadInput(
+            f"--consistency-steps is {aux.consistency_steps} and must be at least 2: the first step is the objective's."
+        )
+    ahead = {"--contrast-steps": (aux.contrast, aux.contrast_steps)}
+    ahead |= {"--consistency-steps": (aux.consistency, aux.consistency_steps)}
+    for flag, (weight, steps) in ahead.items():
+        if weight and steps >= length:
+            raise BadInput(f"{flag} is {steps} and must be less than --batch-length ({length}): lower it.")
     if replay.prefill < length:
         raise BadInput(
             f"--prefill is {replay.prefill}, less than a sequence: make it at least --batch-length ({length})."
@@ -636,9 +707,10 @@ def _check_resumed(before: Config, now: Config) -> None:
         )
 
 
-RECORD_FORMAT = 1
+RECORD_FORMAT = 2
 """Of the record that a run keeps of its options; goes up when an option is added."""
 ADDED: dict[str, int] = dict.fromkeys(("threads", "env_args", "on_nan", "eval_steps", "imagined_cont"), 1)
+ADDED |= {each.name: 2 for each in fields(AuxConfig)}
 """Options that records of an older format than this lack; their runs go on with the option's own default."""
 
 
@@ -696,7 +768,9 @@ def _faults(kind: type[Any], values: dict[Any, Any], written: int, place: str = 
     """What a nested record of a format lacks of a configuration, or has besides or of another type."""
     types = {each.name: each.type for each in fields(kind)}
     for name, of in types.items():
-        if name not in values:
+        if name not in values and isinstance(of, type) and is_dataclass(of):
+            yield from _faults(of, {}, written, f"{place}{name}.")
+        elif name not in values:
             if ADDED.get(name, 0) <= written:
                 yield f"it lacks {place}{name}"
         elif not _fits(values[name], of):

@@ -4,7 +4,9 @@ Legend: B sequences, T steps, N rows (environments, or B*T start states), H imag
 """
 
 import copy
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,10 +23,11 @@ from fastdreamer.envs.base import Spaces
 
 
 class UpdateNoise(NamedTuple):
-    """All randomness of one update: `posterior` uniform (B, T, S), and imagination's."""
+    """All randomness of one update: `posterior` uniform (B, T, S), imagination's, and what auxiliary losses draw."""
 
     posterior: Tensor
     imagination: ImaginationNoise
+    extra: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class ActNoise(NamedTuple):
@@ -75,6 +78,10 @@ class Agent(nn.Module):
         """
         optim, value, critic = self.config.optim, self.world_model.value, self.behavior.critic
         layers = [m for m in self.modules() if isinstance(m, nn.Linear | nn.Conv2d | nn.ConvTranspose2d)]
+        if "jacobian" in self.world_model.auxiliary:
+            # Its differences are too small for rounded weights.
+            rssm = self.world_model.rssm
+            layers = [m for m in layers if m is not rssm.inp and m is not rssm.gates]
         chosen = [p for layer in layers for p in layer.parameters()] if narrow else []
         behavior = partial(
             Optimizer,
@@ -113,6 +120,10 @@ class Agent(nn.Module):
                 torch.rand(h, b * t, stoch, generator=generator, device=device),
                 action_noise((h, b * t), self.spaces.action, self.spaces.discrete, generator),
             ),
+            {
+                name: torch.rand(*shape, generator=generator, device=device)
+                for name, shape in self.world_model.auxiliary.noise(b, t).items()
+            },
         )
 
     def draw_act_noise(self, rows: int, generator: torch.Generator) -> ActNoise:
@@ -149,15 +160,17 @@ class Agent(nn.Module):
 
     def update(self, batch: Batch, noise: UpdateNoise, optimizers: "Optimizers") -> dict[str, Tensor]:
         """One training update on sequences (B, T). Returns losses and other scalars, on the device."""
-        start, metrics = self.update_model(batch, noise.posterior, optimizers)
+        start, metrics = self.update_model(batch, noise, optimizers)
         return metrics | self.update_behavior(self.world_model, start, noise.imagination, optimizers)
 
-    def update_model(self, batch: Batch, uniform: Tensor, optimizers: "Optimizers") -> tuple[Start, dict[str, Tensor]]:
-        """The first half of an update: the world model's step, without actor and critic; `uniform` (B, T, S).
+    def update_model(
+        self, batch: Batch, noise: UpdateNoise, optimizers: "Optimizers"
+    ) -> tuple[Start, dict[str, Tensor]]:
+        """The first half of an update: the world model's step, without actor and critic.
 
         Returns where behaviour starts, and losses.
         """
-        start, metrics = self.learn_model(batch, uniform, optimizers)
+        start, metrics = self.learn_model(batch, noise.posterior, noise.extra, optimizers)
         return start, metrics | {"grad/model": optimizers.model.apply()}
 
     def update_behavior(
@@ -170,9 +183,11 @@ class Agent(nn.Module):
         metrics = self.learn_behavior(model, start, noise, optimizers)
         return metrics | {"grad/actor": optimizers.actor.apply(), "grad/critic": optimizers.critic.apply()}
 
-    def learn_model(self, batch: Batch, uniform: Tensor, optimizers: "Optimizers") -> tuple[Start, dict[str, Tensor]]:
+    def learn_model(
+        self, batch: Batch, uniform: Tensor, extra: Mapping[str, Tensor], optimizers: "Optimizers"
+    ) -> tuple[Start, dict[str, Tensor]]:
         """The world model's gradient, with the teacher of its value head. Returns as `update_model`."""
-        model = self.world_model.loss(batch, uniform, self.value_teacher)
+        model = self.world_model.loss(batch, uniform, self.value_teacher, extra)
         optimizers.model.collect(model.total)
         metrics = {f"loss/{name}": part.detach() for name, part in model.parts.items()}
         metrics["loss/model"] = model.total.detach()

@@ -6,12 +6,15 @@ that is absent costs nothing; there is no other difference between the objective
 Legend: B sequences, T steps, S categoricals, K classes, E embedding, A action.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from fastdreamer_kernels.ops import Ops
 from torch import Tensor, nn
 
+from fastdreamer.algorithm import auxiliary
 from fastdreamer.algorithm.distributions import Bernoulli, TwoHot, action_distribution, action_params
 from fastdreamer.algorithm.networks import Decoder, Encoder, Head
 from fastdreamer.algorithm.rssm import RSSM, State
@@ -54,6 +57,7 @@ class WorldModel(nn.Module):
         self.decoder = None
         if model.decoder != "off":
             self.decoder = Decoder(features, spaces.image, spaces.vector, widths, ops)
+        self.auxiliary = auxiliary.build(self.encoder.embed, features, spaces, config, ops)
 
     def predict_reward(self, features: Tensor, *, frozen: bool = False) -> TwoHot:
         return TwoHot(self.reward(features, frozen=frozen), self.ops)
@@ -61,11 +65,13 @@ class WorldModel(nn.Module):
     def predict_cont(self, features: Tensor) -> Bernoulli:
         return Bernoulli(self.cont(features).squeeze(-1))
 
-    def loss(self, batch: Batch, uniform: Tensor, teacher: Head | None) -> ModelLoss:
+    def loss(
+        self, batch: Batch, uniform: Tensor, teacher: Head | None, extra: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> ModelLoss:
         """The loss of a batch of sequences (B, T); `uniform` (B, T, S) draws the posterior's samples.
 
-        `teacher` is the slow copy of the value head (None without one). Losses average over B*T rows, also those
-        that do not count for every row (the past action).
+        `teacher` is the slow copy of the value head (None without one), `extra` the noise of auxiliary losses. Losses
+        average over B*T rows, also those that do not count for every row (the past action).
         """
         model = self.config.model
         embed = self.encoder(batch, batch_stats=True)
@@ -92,7 +98,12 @@ class WorldModel(nn.Module):
         parts = {name: loss.mean() for name, loss in nll.items()}
         parts |= {"dyn": kl.dyn.mean(), "rep": kl.rep.mean()}
         weights = dict.fromkeys(nll, model.beta_pred) | {"dyn": model.beta_dyn, "rep": model.beta_rep}
+        seen = auxiliary.Seen(embed, states, features, posterior, prior, batch, self.rssm)
+        losses, looks = self.auxiliary(seen, extra)
+        parts |= losses
+        weights |= {name: getattr(self.config.aux, name) for name in losses}
         total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()
+        parts |= looks
         parts["kl"] = kl.value.mean()
         return ModelLoss(total, parts, states.detach())
 

@@ -198,7 +198,7 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
     def update_model() -> tuple[tuple[Start, ImaginationNoise], dict[str, torch.Tensor]]:
         batch, noise = batches(), agent.draw_update_noise(generators["learn"])
         with runtime.autocast():
-            start, metrics = agent.update_model(batch, noise.posterior, optimizers)
+            start, metrics = agent.update_model(batch, noise, optimizers)
         return (start, noise.imagination), metrics
 
     def update_behavior(model: WorldModel, handed: tuple[Start, ImaginationNoise]) -> dict[str, torch.Tensor]:

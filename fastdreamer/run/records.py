@@ -273,7 +273,7 @@ class Run:
         `action_head=False`."""
         config, usual = self.config, defaults(self.config.preset, self.config.task, self.config.objective)
         parts = []
-        for section in ("model", "behavior", "optim", "replay"):
+        for section in ("model", "aux", "behavior", "optim", "replay"):
             standard = asdict(getattr(usual, section))
             parts += [
                 f"{name}={value}"

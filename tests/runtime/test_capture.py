@@ -215,10 +215,10 @@ def test_a_count_in_python_is_frozen_and_seen(monkeypatch: pytest.MonkeyPatch) -
     """Else the test above would say nothing."""
     plain = Agent.update_model
 
-    def counting(self: Agent, batch: Any, uniform: Any, optimizers: Any) -> Any:
+    def counting(self: Agent, batch: Any, noise: Any, optimizers: Any) -> Any:
         counts.append(1)
         optimizers.model.lr = 1e-5 * 2 ** len(counts)
-        return plain(self, batch, uniform, optimizers)
+        return plain(self, batch, noise, optimizers)
 
     counts: list[int] = []
     arguments = [*GYM, "--train-ratio", "4"]
@@ -233,9 +233,9 @@ def test_what_cannot_be_captured_says_why_and_goes_on(monkeypatch: pytest.Monkey
     """A host sync, as `.item()` is one."""
     plain = Agent.update_model
 
-    def syncing(self: Agent, batch: Any, uniform: Any, optimizers: Any) -> Any:
+    def syncing(self: Agent, batch: Any, noise: Any, optimizers: Any) -> Any:
         optimizers.model.lr = 1e-3 if batch["reward"].sum().item() > 1e9 else 1e-4
-        return plain(self, batch, uniform, optimizers)
+        return plain(self, batch, noise, optimizers)
 
     monkeypatch.setattr(Agent, "update_model", syncing)
     (run, _), (replayed, said) = (trained(monkeypatch, GYM, 4, captured=captured) for captured in (False, True))
