@@ -104,30 +104,58 @@ class ModelConfig:
     """Rate at which the value head's teacher follows it, per update. The paper says `slow`; the rate is our reading."""
 
 
-OBJECTIVES = {
+_WITHOUT_HEADS = {"value_head": False, "action_head": False, "batch_norm": "none"}
+OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
     "mudreamer": {
-        "value_head": True,
-        "action_head": True,
-        "decoder": "off",
-        "batch_norm": "posterior",
-        "beta_dyn": 0.95,
-        "beta_rep": 0.05,
+        "model": {
+            "value_head": True,
+            "action_head": True,
+            "decoder": "off",
+            "batch_norm": "posterior",
+            "beta_dyn": 0.95,
+            "beta_rep": 0.05,
+        },
     },
     "dreamerv3": {
-        "value_head": False,
-        "action_head": False,
-        "decoder": "attached",
-        "batch_norm": "none",
-        "beta_dyn": 0.5,
-        "beta_rep": 0.1,
+        "model": {
+            "value_head": False,
+            "action_head": False,
+            "decoder": "attached",
+            "batch_norm": "none",
+            "beta_dyn": 0.5,
+            "beta_rep": 0.1,
+        },
+    },
+    "tpc": {
+        "model": _WITHOUT_HEADS | {"beta_dyn": 0.1, "beta_rep": 0.1, "free_nats": 0.0},
+        "aux": {"tpc": 1.0},
+    },
+    "infonce": {
+        "model": _WITHOUT_HEADS | {"beta_dyn": 1.0, "beta_rep": 0.1},
+        "aux": {"infonce": 1.0},
+    },
+    "r2dreamer": {
+        "model": _WITHOUT_HEADS | {"beta_dyn": 1.0, "beta_rep": 0.1},
+        "aux": {"barlow": 1.0},
     },
 }
+"""What each objective sets, by section; what it does not name stays as the preset has it."""
+SET_BY_OBJECTIVES = {name for sections in OBJECTIVES.values() for values in sections.values() for name in values}
 
 
 @dataclass(frozen=True)
 class AuxConfig:
     """Losses beside those of the objective, each on where its weight is not 0; docs/objectives.md says what for."""
 
+    tpc: float = 0.0
+    """Weight of temporal predictive coding: each sequence's latents told from the others' at that step, by the prior and
+    by themselves; it tells backgrounds apart, too."""
+    infonce: float = 0.0
+    """Weight of InfoNCE between state and image among all rows; it tells backgrounds apart, too."""
+    barlow: float = 0.0
+    """Weight of Barlow twins of state and image, feature by feature; it keeps backgrounds, too."""
+    barlow_offdiag: float = 0.5115
+    """Share of the correlations between different features."""
     contrast: float = 0.0
     """Weight of action-conditioned InfoNCE: later images told from the state and the actions between."""
     contrast_negatives: Literal["actions", "time", "batch", "all"] = "actions"
@@ -254,8 +282,8 @@ class Config:
     synthetic/discrete for rows that cost nothing."""
     size: Literal["tiny", "XS", "S", "M", "L", "XL"] = "S"
     """Widths and depths of all networks."""
-    objective: Literal["mudreamer", "dreamerv3"] = "mudreamer"
-    """Sets the heads, the norm and the KL weights together."""
+    objective: Literal["mudreamer", "dreamerv3", "tpc", "infonce", "r2dreamer"] = "mudreamer"
+    """Sets the heads, the norm, the KL weights and further losses together."""
     seed: int = 0
     """Of weights, environments and all noise: on a CPU a run repeats bit for bit."""
     env: EnvConfig = field(default_factory=EnvConfig)
@@ -289,7 +317,7 @@ FIXED_ON_RESUME = {
     "action_head": _NETWORKS,
     "decoder": _NETWORKS,
     "batch_norm": _NETWORKS,
-    **dict.fromkeys(("contrast", "contrast_steps"), _NETWORKS),
+    **dict.fromkeys(("infonce", "barlow", "contrast", "contrast_steps"), _NETWORKS),
     "replay_capacity": "the stored rows lie in a ring of this size",
     "prefill": "updates so far are counted from its end",
     "train_ratio": "updates so far are counted by it",
@@ -413,10 +441,10 @@ def defaults(preset: str, task: str | None = None, objective: str = "mudreamer")
     base = PRESETS[preset]
     if not (task or base.task):
         raise BadInput("--preset general has no task of its own: name one, such as --task gym/CartPole-v1.")
-    model = base.model
+    sections = {}
     if objective != "mudreamer":
-        model = replace(model, **OBJECTIVES[objective])
-    return replace(base, task=task or base.task, objective=objective, model=model)
+        sections = {name: replace(getattr(base, name), **values) for name, values in OBJECTIVES[objective].items()}
+    return replace(base, task=task or base.task, objective=objective, **sections)
 
 
 @dataclass(frozen=True)
@@ -497,7 +525,7 @@ def parse_command(argv: Sequence[str], *, cuda: bool) -> tuple[Command, str]:
         if flags.config is not None:
             in_file = commandline.read_file(Path(flags.config), of_config)
         if given.get("objective", in_file.get("objective")) != in_file.get("objective"):
-            in_file = {name: value for name, value in in_file.items() if name not in OBJECTIVES["mudreamer"]}
+            in_file = {name: value for name, value in in_file.items() if name not in SET_BY_OBJECTIVES}
         chosen = in_file | given
         preset, why = choose_preset(chosen.get("preset"), chosen.get("task"), cuda)
         if "preset" in in_file and "preset" not in given:
@@ -619,6 +647,10 @@ def check(config: Config) -> None:
         "--beta-pred": model.beta_pred,
         "--beta-dyn": model.beta_dyn,
         "--beta-rep": model.beta_rep,
+        "--tpc": aux.tpc,
+        "--infonce": aux.infonce,
+        "--barlow": aux.barlow,
+        "--barlow-offdiag": aux.barlow_offdiag,
         "--contrast": aux.contrast,
         "--bisim": aux.bisim,
         "--consistency": aux.consistency,

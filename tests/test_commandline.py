@@ -126,7 +126,7 @@ def test_options_from_a_run(tmp_path: Path) -> None:
     assert f"as {record} says" in why
     other, _ = parse_command(["--config", str(record), "--frames", "9k", "--objective", "mudreamer"], cuda=False)
     changed = {n for n, v in options(other.config).items() if v != options(command.config)[n]}
-    assert changed == {"frames", "objective", *config.OBJECTIVES["mudreamer"]}
+    assert changed == {"frames", "objective", *config.OBJECTIVES["mudreamer"]["model"]}
     assert options(other.config)["value_head"] is True
 
 

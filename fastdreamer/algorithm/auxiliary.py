@@ -79,6 +79,82 @@ def over_all_rows(loss: Tensor, counts: Tensor, rows: int) -> Tensor:
     return loss.masked_fill(~counts, 0).sum() / rows
 
 
+class TemporalPredictiveCoding(Auxiliary):
+    """Each sequence's latents told from those of the others at the same step (TPC, Nguyen et al., arXiv 2106.07156).
+
+    With c_t(i, j) = sum_{s,k} z_t^j log p_t^i: -(c_t(b, b) - logsumexp_j c_t(b, j)) by the prior, and by the posterior
+    itself on a second draw of it ("static"). Adapted to categoricals; the consistency term of the original is the KL
+    pair. Both parts saturate at log B: published batches have 250 sequences.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.stoch, self.unimix = config.widths.stoch, config.model.unimix
+
+    def noise(self, batch: int, length: int) -> dict[str, tuple[int, ...]]:
+        return {"tpc": (batch, length, self.stoch)}
+
+    def forward(self, seen: Seen, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        b, t = seen.embed.shape[:2]
+        logits = seen.posterior.flatten(0, 1)
+        drawn = seen.rssm.sample(logits, noise["tpc"].flatten(0, 1)).view(seen.posterior.shape)
+        # A first row is predicted by nothing.
+        counts = ~seen.batch["is_first"] & (torch.arange(t, device=drawn.device) > 0)
+        dynamic = over_all_rows(self.apart(seen.prior, seen.states.stoch), counts, b * t)
+        static = over_all_rows(self.apart(seen.posterior, drawn), torch.ones_like(counts), b * t)
+        return {"tpc": dynamic + static, "tpc_dynamic": dynamic.detach(), "tpc_static": static.detach()}
+
+    def apart(self, logits: Tensor, stoch: Tensor) -> Tensor:
+        """-log softmax (B, T) of how likely each sequence makes its own latents (B, T, S, K), among all B."""
+        likely = unimix_probs(logits.float(), self.unimix).log().flatten(-2).transpose(0, 1)
+        with torch.autocast(logits.device.type, enabled=False):
+            # (T, B, S*K) (T, S*K, B) -> (T, B, B): i's probabilities of j's latents
+            scores = likely @ stoch.float().flatten(-2).permute(1, 2, 0)
+        return (scores.logsumexp(-1) - scores.diagonal(dim1=1, dim2=2)).t()
+
+
+class InfoNce(Auxiliary):
+    """Images told from all others of the batch by their states: cross entropy of u k^T with the diagonal (N, N).
+
+    u = W s_t, k = sg(x_t): x_t learns only through the posterior. As in r2dreamer (arXiv 2603.18202), without
+    temperature or normalisation. It rewards whatever distinguishes frames.
+    """
+
+    def __init__(self, features: int, embed: int):
+        super().__init__()
+        self.project = linear(features, embed, bias=False)
+
+    def forward(self, seen: Seen, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        u, k = self.project(seen.features).flatten(0, 1), seen.embed.detach().flatten(0, 1)
+        return {"infonce": F.cross_entropy((u @ k.t()).float(), torch.arange(len(k), device=k.device))}
+
+
+class Barlow(Auxiliary):
+    """Barlow twins (Zbontar et al., arXiv 2103.03230) of state and image: correlated feature by feature, and no other.
+
+    51.2 [mean_i (1 - C_ii)^2 + share * mean_{i!=j} C_ij^2], C = u^T k / N over the N rows of both, standardised; u = W
+    s_t, k = sg(x_t). r2dreamer's (arXiv 2603.18202) at its 1,024 features; adapted, for its sums grow with them.
+    """
+
+    def __init__(self, features: int, embed: int, share: float):
+        super().__init__()
+        self.project, self.share = linear(features, embed, bias=False), share
+
+    def forward(self, seen: Seen, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        u, k = self.project(seen.features).flatten(0, 1).float(), seen.embed.detach().flatten(0, 1).float()
+        return {"barlow": barlow(u, k, self.share)}
+
+
+def barlow(u: Tensor, k: Tensor, share: float) -> Tensor:
+    """The loss of features (N, E) of either kind; features that do not vary count as uncorrelated."""
+    with torch.autocast(u.device.type, enabled=False):
+        u, k = ((x - x.mean(0)) / x.std(0, unbiased=False).clamp(min=1e-4) for x in (u, k))
+        correlation = u.t() @ k / len(u)
+    own = correlation.diagonal()
+    others = (correlation.square().sum() - own.square().sum()) / max(1, correlation.numel() - len(own))
+    return 51.2 * ((1 - own).square().mean() + share * others)
+
+
 class Contrast(Auxiliary):
     """Action-conditioned InfoNCE: x_{t+k} told from s_t and the k actions between, among others.
 
@@ -339,6 +415,12 @@ def build(embed: int, features: int, spaces: Spaces, config: Config, ops: Ops) -
     """The losses that a configuration asks for."""
     aux = config.aux
     losses: dict[str, nn.Module] = {}
+    if aux.tpc:
+        losses["tpc"] = TemporalPredictiveCoding(config)
+    if aux.infonce:
+        losses["infonce"] = InfoNce(features, embed)
+    if aux.barlow:
+        losses["barlow"] = Barlow(features, embed, aux.barlow_offdiag)
     if aux.contrast:
         losses["contrast"] = Contrast(features, embed, spaces, config, ops)
     if aux.bisim:

@@ -471,8 +471,8 @@ def test_overfits_one_batch(name: str) -> None:
 
 def test_objectives_are_ablations_of_one_another() -> None:
     default = make_config().model
-    assert all(getattr(default, name) == value for name, value in OBJECTIVES["mudreamer"].items())
-    one = make_config("mudreamer", **OBJECTIVES["dreamerv3"])
+    assert all(getattr(default, name) == value for name, value in OBJECTIVES["mudreamer"]["model"].items())
+    one = make_config("mudreamer", **OBJECTIVES["dreamerv3"]["model"])
     two = make_config("dreamerv3")
     assert one.model == two.model
     losses = []

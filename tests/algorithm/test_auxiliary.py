@@ -15,6 +15,7 @@ from fastdreamer.algorithm.auxiliary import (
     Contrast,
     Controllability,
     Seen,
+    barlow,
     capacity,
     jensen_shannon,
     latent_distance,
@@ -31,7 +32,7 @@ CONTINUOUS = Spaces(image=False, vector=5, action=2, discrete=False)
 B, T = 4, 6
 BEHIND = {"encoder", "posterior", "sequence model"}
 """What lies behind a latent state."""
-LOSSES = ("contrast", "bisim", "consistency", "jacobian")
+LOSSES = ("tpc", "infonce", "barlow", "contrast", "bisim", "consistency", "jacobian")
 
 
 def make_config(objective: str = "mudreamer", **aux: Any) -> Config:
@@ -80,6 +81,9 @@ def reached(loss: Tensor, module: nn.Module) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
+        ("tpc", {}, BEHIND | {"prior"}),
+        ("infonce", {}, BEHIND | {"auxiliary"}),
+        ("barlow", {}, BEHIND | {"auxiliary"}),
         ("contrast", {}, BEHIND | {"auxiliary"}),
         ("contrast", {"contrast_negatives": "batch", "contrast_steps": 2}, BEHIND | {"auxiliary"}),
         ("bisim", {}, BEHIND),
@@ -105,7 +109,7 @@ def test_a_loss_falls_on_one_batch_and_joins_nothing_across_episodes(name: str, 
         history.append(metrics[f"loss/{name}"].item())
     assert all(math.isfinite(value) for value in history)
     assert sum(history[-3:]) < sum(history[:3]) - 0.03 * abs(sum(history[:3]))
-    if name != "jacobian":
+    if name in ("contrast", "bisim", "consistency"):
         apart = batch | {"is_first": torch.ones(B, T, dtype=torch.bool)}
         assert parts(agent, apart)[name].item() == 0
 
@@ -121,7 +125,8 @@ def test_without_weights_nothing_is_built_or_drawn() -> None:
 
 @pytest.mark.parametrize("spaces", [CONTINUOUS, DISCRETE], ids=["continuous", "discrete"])
 def test_all_of_them_are_one_graph(spaces: Spaces) -> None:
-    agent, batch = make_agent(spaces, **dict.fromkeys(LOSSES, 0.1), contrast_steps=2), make_batch(spaces)
+    weights: dict[str, Any] = dict.fromkeys(LOSSES, 0.1)
+    agent, batch = make_agent(spaces, **weights, contrast_steps=2), make_batch(spaces)
     noise = agent.draw_update_noise(torch.Generator().manual_seed(2))
     found: list[int] = []
 
@@ -141,6 +146,53 @@ def test_unbroken() -> None:
     first = torch.tensor([[True, False, False, True, False, False]])
     assert unbroken(first, 1).tolist() == [[True, True, False, True, True]]
     assert unbroken(first, 2).tolist() == [[True, False, False, True]]
+
+
+# Between sequences, and between features
+
+
+def test_latents_that_sequences_share_cannot_be_told_apart() -> None:
+    agent = make_agent(tpc=1.0)
+    loss: Any = agent.world_model.auxiliary["tpc"]
+    g = torch.Generator().manual_seed(0)
+    logits, one = torch.randn(B, T, 4, 5, generator=g), F.one_hot(torch.randint(5, (1, T, 4), generator=g), 5).float()
+    # Every sequence is likely in the same measure under the probabilities of one.
+    torch.testing.assert_close(loss.apart(logits, one.expand(B, -1, -1, -1)), torch.full((B, T), math.log(B)))
+    certain = 20 * F.one_hot(torch.arange(B) % 5, 5).float().view(B, 1, 1, 5).expand(-1, T, 4, -1)
+    assert (loss.apart(certain, certain / 20) < 0.05).all()
+
+
+def test_images_are_no_keys_to_learn_by() -> None:
+    for name in ("infonce", "barlow"):
+        loss: Any = make_agent(**{name: 1.0}).world_model.auxiliary[name]
+        features, embed = torch.randn(B, T, loss.project.in_features), torch.randn(B, T, loss.project.out_features)
+        rest: Any = None
+        features.requires_grad_()
+        embed.requires_grad_()
+        seen = Seen(embed, rest, features, rest, rest, {}, rest)
+        grads = torch.autograd.grad(loss(seen, {})[name], [features, embed], allow_unused=True)
+        assert grads[0] is not None
+        assert grads[1] is None
+
+
+def test_barlow_by_hand() -> None:
+    square = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]])
+    assert barlow(square, 3 * square + 1, 0.5115).item() == pytest.approx(0, abs=1e-4)
+    assert barlow(square, -square, 0.5115).item() == pytest.approx(51.2 * 4, rel=1e-4)
+    assert barlow(square, square[:, :1].repeat(1, 2), 0.5).item() == pytest.approx(51.2 * (0.5 + 0.5 * 0.5), rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["tpc", "infonce", "r2dreamer"])
+def test_objectives_without_heads_learn_by_one_loss(objective: str) -> None:
+    config = make_config(objective)
+    agent = Agent(CONTINUOUS, config, OPS)
+    model = agent.world_model
+    assert (model.value, model.action, model.decoder, agent.value_teacher) == (None, None, None, None)
+    noise = agent.draw_update_noise(torch.Generator().manual_seed(0))
+    metrics = agent.update(make_batch(), noise, agent.make_optimizers())
+    name = "barlow" if objective == "r2dreamer" else objective
+    assert {k for k in metrics if k.startswith("loss/")} >= {f"loss/{name}", "loss/reward", "loss/dyn"}
+    assert all(value.isfinite() for value in metrics.values())
 
 
 # Contrast
