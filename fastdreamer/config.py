@@ -148,8 +148,8 @@ class AuxConfig:
     """Losses beside those of the objective, each on where its weight is not 0; docs/objectives.md says what for."""
 
     tpc: float = 0.0
-    """Weight of temporal predictive coding: each sequence's latents told from the others' at that step, by the prior and
-    by themselves; it tells backgrounds apart, too."""
+    """Weight of temporal predictive coding: each sequence's latents told from the others' by the prior and by
+    themselves; it tells backgrounds apart, too."""
     infonce: float = 0.0
     """Weight of InfoNCE between state and image among all rows; it tells backgrounds apart, too."""
     barlow: float = 0.0

@@ -164,7 +164,8 @@ def test_latents_that_sequences_share_cannot_be_told_apart() -> None:
 
 def test_images_are_no_keys_to_learn_by() -> None:
     for name in ("infonce", "barlow"):
-        loss: Any = make_agent(**{name: 1.0}).world_model.auxiliary[name]
+        weight: dict[str, Any] = {name: 1.0}
+        loss: Any = make_agent(**weight).world_model.auxiliary[name]
         features, embed = torch.randn(B, T, loss.project.in_features), torch.randn(B, T, loss.project.out_features)
         rest: Any = None
         features.requires_grad_()
