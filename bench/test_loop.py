@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -115,6 +116,20 @@ class Watched:
         return self._watch.timed("acting", found) if callable(found) else found
 
 
+class IdleActing:
+    """Rows staged as ever, and the decisions before."""
+
+    def __init__(self, acting: Any):
+        self._acting = getattr(acting, "_acting", acting)
+
+    def __call__(self, step: Any) -> Any:
+        with mock.patch.object(self._acting, "_step", return_value=None):
+            return self._acting(step)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._acting, name)
+
+
 def whole_loop(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     """Each call gives the shares so far."""
     ready(trainer)
@@ -143,6 +158,26 @@ def whole_loop(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     return call, {}
 
 
+def host_alone(trainer: Trainer) -> tuple[Call, dict[str, float]]:
+    """Turns with a device that answers at once: no update and no decision is computed."""
+    ready(trainer)
+
+    def counted() -> None:
+        trainer.learner.updates += 1
+
+    def call() -> None:
+        trainer.learner.updates = trainer.updates_due
+        # Elsewhere the same run is timed with its work.
+        with (
+            mock.patch.object(trainer.learner, "step", counted),
+            mock.patch.object(trainer, "acting", IdleActing(trainer.acting)),
+        ):
+            for _ in range(TURNS):
+                trainer.iterate()
+
+    return call, {}
+
+
 def of_family(family: str, size: str) -> Config:
     """A run of such environments; the test is skipped where they cannot be made."""
     config = replace(configure(WAY, size=size, envs=ENVS, replay_capacity=4_000), task=FAMILIES[family])
@@ -155,12 +190,15 @@ def of_family(family: str, size: str) -> Config:
     return config
 
 
-@pytest.mark.parametrize("implementation", ["updates alone", "whole loop"])
+LOOPS = {"updates alone": updates_alone, "whole loop": whole_loop, "the host's own work": host_alone}
+
+
+@pytest.mark.parametrize("implementation", LOOPS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loop(family: str, implementation: str, measure: Measure, runs: Runs, request: pytest.FixtureRequest) -> None:
     size = str(request.config.getoption("--size"))
     config = of_family(family, size)
-    call = runs.call(config, updates_alone if implementation == "updates alone" else whole_loop)
+    call = runs.call(config, LOOPS[implementation])
     last: dict[str, Any] = {}
     measure(
         [lambda: last.update(call() or {})], rounds=10 if CUDA else 3, capture=False, warm=1, per=TURNS,
