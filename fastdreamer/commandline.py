@@ -203,8 +203,11 @@ def put(config: Any, given: Mapping[str, Any]) -> Any:
     return replace(config, **changed)
 
 
-def command(kind: type[Any], argv: Sequence[str], *, usage: str, examples: Sequence[str]) -> Any:
+def command(
+    kind: type[Any], argv: Sequence[str], *, usage: str, examples: Sequence[str], wanted: str = "run folder"
+) -> Any:
     """A command of one section: fields without a default are words, as many as there are where they are a tuple.
+    `wanted` is what they are.
 
     Prints the help and raises SystemExit where it is asked for. Raises BadInput.
     """
@@ -218,7 +221,7 @@ def command(kind: type[Any], argv: Sequence[str], *, usage: str, examples: Seque
     (only,) = positional
     if not words or (len(words) > 1 and only.type is str):
         what = "name" if not words else f"{words[1]!r} is one too many: name"
-        raise BadInput(f"{what} {'a run folder' if only.type is str else 'run folders'}, as in: {examples[0]}")
+        raise BadInput(f"{what} {f'a {wanted}' if only.type is str else f'{wanted}s'}, as in: {examples[0]}")
     return kind(**{only.name: words[0] if only.type is str else tuple(words)}, **given)
 
 

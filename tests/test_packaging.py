@@ -18,7 +18,7 @@ TIERS = (
     {"replay", "algorithm", "runtime"},
     {"run"},
     {"report", "probe"},
-    {"train", "evaluate"},
+    {"train", "evaluate", "suite"},
 )
 TIER = {part: tier for tier, parts in enumerate(TIERS) for part in parts}
 LEARNER = ("algorithm.agent", "runtime.acting", "runtime.learner", "replay", "run.checkpoint")
