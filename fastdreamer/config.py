@@ -130,6 +130,10 @@ OBJECTIVES: dict[str, dict[str, dict[str, Any]]] = {
         "model": _WITHOUT_HEADS | {"beta_dyn": 0.1, "beta_rep": 0.1, "free_nats": 0.0},
         "aux": {"tpc": 1.0},
     },
+    "dreamerpro": {
+        "model": _WITHOUT_HEADS | {"beta_dyn": 0.8, "beta_rep": 0.2},
+        "aux": {"prototypes": 1.0, "views": 2},
+    },
     "infonce": {
         "model": _WITHOUT_HEADS | {"beta_dyn": 1.0, "beta_rep": 0.1},
         "aux": {"infonce": 1.0},
@@ -150,6 +154,18 @@ class AuxConfig:
     tpc: float = 0.0
     """Weight of temporal predictive coding: each sequence's latents told from the others' by the prior and by
     themselves; it tells backgrounds apart, too."""
+    prototypes: float = 0.0
+    """Weight of prototypes: two views of a sequence, and its states, agree about which of many it is like."""
+    prototypes_freeze: int = 10_000
+    """Updates for which the prototypes themselves stay."""
+    prototypes_norm: bool = True
+    """Keep projections near unit length, as published with backgrounds."""
+    sinkhorn_eps: float = 0.0125
+    """Softness of the targets' assignment to prototypes."""
+    views: int = 1
+    """2: each sequence of a batch twice, its images shifted by another part of a few pixels; twice the work."""
+    view_shift: float = 3.0
+    """Pixels that a view is shifted by at the most, each way."""
     infonce: float = 0.0
     """Weight of InfoNCE between state and image among all rows; it tells backgrounds apart, too."""
     barlow: float = 0.0
@@ -282,7 +298,7 @@ class Config:
     synthetic/discrete for rows that cost nothing."""
     size: Literal["tiny", "XS", "S", "M", "L", "XL"] = "S"
     """Widths and depths of all networks."""
-    objective: Literal["mudreamer", "dreamerv3", "tpc", "infonce", "r2dreamer"] = "mudreamer"
+    objective: Literal["mudreamer", "dreamerv3", "tpc", "dreamerpro", "infonce", "r2dreamer"] = "mudreamer"
     """Sets the heads, the norm, the KL weights and further losses together."""
     seed: int = 0
     """Of weights, environments and all noise: on a CPU a run repeats bit for bit."""
@@ -317,7 +333,7 @@ FIXED_ON_RESUME = {
     "action_head": _NETWORKS,
     "decoder": _NETWORKS,
     "batch_norm": _NETWORKS,
-    **dict.fromkeys(("infonce", "barlow", "contrast", "contrast_steps"), _NETWORKS),
+    **dict.fromkeys(("prototypes", "infonce", "barlow", "contrast", "contrast_steps"), _NETWORKS),
     "replay_capacity": "the stored rows lie in a ring of this size",
     "prefill": "updates so far are counted from its end",
     "train_ratio": "updates so far are counted by it",
@@ -341,6 +357,13 @@ FREE_ON_RESUME = {
     "teacher_ema": _NEXT_UPDATE,
     **dict.fromkeys(
         (
+            "tpc",
+            "prototypes_freeze",
+            "prototypes_norm",
+            "sinkhorn_eps",
+            "views",
+            "view_shift",
+            "barlow_offdiag",
             "contrast_negatives",
             "contrast_samples",
             "bisim",
@@ -608,6 +631,16 @@ def check(config: Config) -> None:
             "--batch-size 1 leaves BatchNorm one row to normalise by, of which nothing is left: use at least 2 (16 is "
             "usual), or --batch-norm none."
         )
+    if aux.views not in (1, 2):
+        raise BadInput(f"--views is {aux.views} and must be 1 or 2.")
+    if aux.views == 2 and env.obs == "vector":
+        raise BadInput("--views 2 shifts images: use --obs pixels, or --views 1.")
+    if aux.prototypes and aux.views != 2:
+        raise BadInput("--prototypes compares two views of a sequence: add --views 2.")
+    if aux.prototypes and model.batch_norm == "encoder":
+        raise BadInput(
+            "--prototypes keeps a slow copy of the encoder, where BatchNorm cannot be: use --batch-norm none."
+        )
     if not 0 <= config.seed < MAX_SEED:
         raise BadInput(f"--seed is {config.seed} and must be at least 0 and less than {MAX_SEED}.")
     positive = {
@@ -633,6 +666,7 @@ def check(config: Config) -> None:
         "--contrast-samples": aux.contrast_samples,
         "--jacobian-rows": aux.jacobian_rows,
         "--jacobian-sigma": aux.jacobian_sigma,
+        "--sinkhorn-eps": aux.sinkhorn_eps,
     }
     for flag, value in positive.items():
         if not 0 < value < math.inf:
@@ -648,6 +682,9 @@ def check(config: Config) -> None:
         "--beta-dyn": model.beta_dyn,
         "--beta-rep": model.beta_rep,
         "--tpc": aux.tpc,
+        "--prototypes": aux.prototypes,
+        "--prototypes-freeze": aux.prototypes_freeze,
+        "--view-shift": aux.view_shift,
         "--infonce": aux.infonce,
         "--barlow": aux.barlow,
         "--barlow-offdiag": aux.barlow_offdiag,

@@ -13,6 +13,7 @@ import torch
 from fastdreamer_kernels.ops import Ops
 from torch import Tensor, nn
 
+from fastdreamer.algorithm.auxiliary import two_views
 from fastdreamer.algorithm.behavior import Behavior, ImaginationNoise
 from fastdreamer.algorithm.distributions import action_noise
 from fastdreamer.algorithm.optim import Optimizer
@@ -112,8 +113,11 @@ class Agent(nn.Module):
 
     def draw_update_noise(self, generator: torch.Generator) -> UpdateNoise:
         """Fresh noise for one update, on the generator's device."""
-        b, t, h = self.config.optim.batch_size, self.config.optim.batch_length, self.config.behavior.horizon
+        # Rows of an update: each view of a sequence is one of its own.
+        b = self.config.optim.batch_size * self.config.aux.views
+        t, h = self.config.optim.batch_length, self.config.behavior.horizon
         stoch, device = self.config.widths.stoch, generator.device
+        views = {"views": (b, 2)} if self.config.aux.views == 2 else {}
         return UpdateNoise(
             torch.rand(b, t, stoch, generator=generator, device=device),
             ImaginationNoise(
@@ -122,7 +126,7 @@ class Agent(nn.Module):
             ),
             {
                 name: torch.rand(*shape, generator=generator, device=device)
-                for name, shape in self.world_model.auxiliary.noise(b, t).items()
+                for name, shape in (self.world_model.auxiliary.noise(b, t) | views).items()
             },
         )
 
@@ -171,7 +175,9 @@ class Agent(nn.Module):
         Returns where behaviour starts, and losses.
         """
         start, metrics = self.learn_model(batch, noise.posterior, noise.extra, optimizers)
-        return start, metrics | {"grad/model": optimizers.model.apply()}
+        metrics["grad/model"] = optimizers.model.apply()
+        self.world_model.auxiliary.follow()
+        return start, metrics
 
     def update_behavior(
         self, model: WorldModel, start: Start, noise: ImaginationNoise, optimizers: "Optimizers"
@@ -187,6 +193,8 @@ class Agent(nn.Module):
         self, batch: Batch, uniform: Tensor, extra: Mapping[str, Tensor], optimizers: "Optimizers"
     ) -> tuple[Start, dict[str, Tensor]]:
         """The world model's gradient, with the teacher of its value head. Returns as `update_model`."""
+        if self.config.aux.views == 2:
+            batch = two_views(batch, extra["views"], self.config.aux.view_shift)
         model = self.world_model.loss(batch, uniform, self.value_teacher, extra)
         optimizers.model.collect(model.total)
         metrics = {f"loss/{name}": part.detach() for name, part in model.parts.items()}

@@ -6,6 +6,7 @@ of a batch (`Seen`), and nobody else sees it: acting and imagination go without.
 Legend: B sequences, T steps, N rows, D recurrent state, F features, S categoricals, K classes, E embedding, A action.
 """
 
+import copy
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from fastdreamer_kernels.ops import Ops
 from fastdreamer_kernels.sample_onehot.reference import unimix_probs
 from torch import Tensor, nn
 
-from fastdreamer.algorithm.networks import LayerNormAct, linear
+from fastdreamer.algorithm.networks import Encoder, LayerNormAct, linear, scale_image
 from fastdreamer.algorithm.rssm import RSSM, State
 from fastdreamer.config import AuxConfig, Config
 from fastdreamer.envs.base import Spaces
@@ -42,6 +43,9 @@ class Auxiliary(nn.Module):
         """Shapes of the uniform numbers that it wants for B sequences of T steps, by name."""
         return {}
 
+    def follow(self) -> None:
+        """What moves by itself after each step of the world model."""
+
     def forward(self, seen: Seen, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Scalars: the loss first, and what else is worth a look. A loss is a mean over all B*T rows, to which a row
         for which it is undefined adds 0."""
@@ -58,6 +62,12 @@ class Losses(nn.ModuleDict):
             assert isinstance(loss, Auxiliary)
             found |= loss.noise(batch, length)
         return found
+
+    def follow(self) -> None:
+        """After each step of the world model."""
+        for loss in self.values():
+            assert isinstance(loss, Auxiliary)
+            loss.follow()
 
     def forward(self, seen: Seen, noise: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The losses, and what else is worth a look: scalars."""
@@ -111,6 +121,102 @@ class TemporalPredictiveCoding(Auxiliary):
             # (T, B, S*K) (T, S*K, B) -> (T, B, B): i's probabilities of j's latents
             scores = likely @ stoch.float().flatten(-2).permute(1, 2, 0)
         return (scores.logsumexp(-1) - scores.diagonal(dim1=1, dim2=2)).t()
+
+
+class Prototypes(Auxiliary):
+    """Views of a sequence, and its states, agree about prototypes (DreamerPro, Deng et al., arXiv 2110.14565).
+
+    y = unit(W_o x_t + b), u = unit(W_f s_t + b), unit prototypes C with logits C y / 0.1 and C u / 0.1: cross entropy
+    of each view's y with the other one's targets, of u with its own view's targets, each averaged over both views; and
+    (|.| - 1)^2 of both projections. Targets have no gradient: Sinkhorn's assignment of y' to prototypes, y' of slow
+    copies of encoder and W_o. Rows t = 0 are left out. The loss is one mean over a batch.
+    """
+
+    COUNT, WIDTH, RATE, TEMPERATURE, ROUNDS = 2500, 32, 0.05, 0.1, 3
+
+    updates: Tensor
+
+    def __init__(self, encoder: Encoder, features: int, aux: AuxConfig):
+        super().__init__()
+        self.eps, self.freeze, self.keep_norm = aux.sinkhorn_eps, aux.prototypes_freeze, aux.prototypes_norm
+        self.of_image = linear(encoder.embed, self.WIDTH, bias=True)
+        self.of_state = linear(features, self.WIDTH, bias=True)
+        self.prototypes = nn.Parameter(F.normalize(torch.randn(self.COUNT, self.WIDTH), dim=-1))
+        # In a list: it is registered once, with the world model.
+        self._followed = [encoder]
+        self.slow_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.slow_of_image = copy.deepcopy(self.of_image).requires_grad_(False)
+        self.register_buffer("updates", torch.zeros(()))
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        for slow, fast in ((self.slow_encoder, self._followed[0]), (self.slow_of_image, self.of_image)):
+            for mine, theirs in zip(slow.parameters(), fast.parameters(), strict=True):
+                mine.lerp_(theirs.to(mine.dtype), self.RATE)
+        self.prototypes.copy_(F.normalize(self.prototypes, dim=-1))
+        self.updates += 1
+
+    def forward(self, seen: Seen, noise: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Both views (2B, T, ...) -> 2 times (B * (T-1), 32)
+        image, state = (self.rows(x) for x in (self.of_image(seen.embed), self.of_state(seen.features)))
+        with torch.no_grad():
+            slow = self.rows(self.slow_of_image(self.slow_encoder(seen.batch, batch_stats=False)))
+        on = (self.updates >= self.freeze).float()
+        fixed = self.prototypes.detach()
+        prototypes = fixed + on * (self.prototypes - fixed)
+        with torch.autocast(seen.embed.device.type, enabled=False):
+            targets = [sinkhorn(self.likeness(x, fixed) / self.eps, self.ROUNDS) for x in slow]
+            by_image, by_state = (
+                [(self.likeness(x, prototypes) / self.TEMPERATURE).log_softmax(-1) for x in views]
+                for views in (image, state)
+            )
+            swapped = [crossed(targets[1], by_image[0]), crossed(targets[0], by_image[1])]
+            own = [crossed(target, log) for target, log in zip(targets, by_state, strict=True)]
+            total = torch.stack(swapped).mean() + torch.stack(own).mean()
+            if self.keep_norm:
+                for views in (image, state):
+                    total = total + (torch.cat(views).norm(dim=-1) - 1).square().mean()
+        return {"prototypes": total}
+
+    def rows(self, projected: Tensor) -> list[Tensor]:
+        """The two views' rows t > 0: (2B, T, 32) -> 2 times (B * (T-1), 32)."""
+        return [view.flatten(0, 1).float() for view in projected[:, 1:].chunk(2)]
+
+    def likeness(self, projected: Tensor, prototypes: Tensor) -> Tensor:
+        """Cosines (N, 2500) of projections (N, 32) with prototypes."""
+        return F.normalize(projected, dim=-1) @ prototypes.t()
+
+
+def crossed(target: Tensor, log_probs: Tensor) -> Tensor:
+    """Cross entropy of rows (N, M), averaged."""
+    return -(target * log_probs).sum(-1).mean()
+
+
+def sinkhorn(scores: Tensor, rounds: int) -> Tensor:
+    """Rows (N, M) of scores as distributions over M that together use all M alike (Cuturi 2013), in logarithms."""
+    n, m = scores.shape
+    scores = scores - scores.logsumexp((0, 1))
+    for _ in range(rounds):
+        scores = scores - scores.logsumexp(0, keepdim=True) - math.log(m)
+        scores = scores - scores.logsumexp(1, keepdim=True) - math.log(n)
+    return (scores + math.log(n)).exp()
+
+
+def two_views(batch: Mapping[str, Tensor], uniform: Tensor, most: float) -> dict[str, Tensor]:
+    """A batch (B, T, ...) twice, along the first axis; each of the 2B sequences' images shifted by up to `most` pixels.
+
+    `uniform` (2B, 2) draws the shift, in parts of a pixel; what comes in at an edge repeats it.
+    """
+    doubled = {name: torch.cat([field, field]) for name, field in batch.items() if name != "image"}
+    image = scale_image(batch["image"]).float()
+    b, t, channels, height, width = image.shape
+    shift = (2 * uniform - 1) * (-2 * most / width)
+    still = torch.eye(2, device=image.device).expand(2 * b, 2, 2)
+    places = F.affine_grid(torch.cat([still, shift.unsqueeze(-1)], -1), [2 * b, 1, height, width], align_corners=False)
+    # A sequence's frames are moved alike: channels of one image. (2B, T, 3, 64, 64) -> (2B, T*3, 64, 64)
+    frames = torch.cat([image, image]).reshape(2 * b, t * channels, height, width)
+    moved = F.grid_sample(frames, places, padding_mode="border", align_corners=False)
+    return doubled | {"image": moved.view(2 * b, t, channels, height, width)}
 
 
 class InfoNce(Auxiliary):
@@ -168,6 +274,7 @@ class Contrast(Auxiliary):
         super().__init__()
         aux, units = config.aux, config.widths.units
         self.negatives, self.samples, self.discrete = aux.contrast_negatives, aux.contrast_samples, spaces.discrete
+        self.views = aux.views
         self.steps = nn.ModuleList(
             ContrastStep(features, embed, k * spaces.action, units, ops) for k in range(1, aux.contrast_steps + 1)
         )
@@ -181,12 +288,14 @@ class Contrast(Auxiliary):
         rows, losses = seen.embed.shape[0] * seen.embed.shape[1], []
         weights = [0.75**k for k in range(len(self.steps))]
         taken = seen.batch["action"].clamp(-1, 1)
+        # Images of the other view, where there are two.
+        keys = torch.cat(seen.embed.chunk(self.views)[::-1])
         for k, step in enumerate(self.steps, 1):
             assert isinstance(step, ContrastStep)
             length = seen.embed.shape[1] - k
             # (B, T, A) -> (B, T-k, k*A): the actions that led from t to t+k
             actions = torch.cat([taken[:, i : length + i] for i in range(1, k + 1)], -1)
-            scores, true = self.scores(step, seen.features[:, :length], actions, seen.embed[:, k:], noise, k)
+            scores, true = self.scores(step, seen.features[:, :length], actions, keys[:, k:], noise, k)
             # (B*(T-k)) -> (B, T-k)
             nll = F.cross_entropy(scores.float(), true, reduction="none").view(-1, length)
             losses.append(over_all_rows(nll, unbroken(seen.batch["is_first"], k), rows))
@@ -411,12 +520,14 @@ def log_determinant(matrix: Tensor) -> Tensor:
     return total
 
 
-def build(embed: int, features: int, spaces: Spaces, config: Config, ops: Ops) -> Losses:
+def build(encoder: Encoder, features: int, spaces: Spaces, config: Config, ops: Ops) -> Losses:
     """The losses that a configuration asks for."""
-    aux = config.aux
+    aux, embed = config.aux, encoder.embed
     losses: dict[str, nn.Module] = {}
     if aux.tpc:
         losses["tpc"] = TemporalPredictiveCoding(config)
+    if aux.prototypes:
+        losses["prototypes"] = Prototypes(encoder, features, aux)
     if aux.infonce:
         losses["infonce"] = InfoNce(features, embed)
     if aux.barlow:

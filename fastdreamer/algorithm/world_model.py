@@ -57,7 +57,7 @@ class WorldModel(nn.Module):
         self.decoder = None
         if model.decoder != "off":
             self.decoder = Decoder(features, spaces.image, spaces.vector, widths, ops)
-        self.auxiliary = auxiliary.build(self.encoder.embed, features, spaces, config, ops)
+        self.auxiliary = auxiliary.build(self.encoder, features, spaces, config, ops)
 
     def predict_reward(self, features: Tensor, *, frozen: bool = False) -> TwoHot:
         return TwoHot(self.reward(features, frozen=frozen), self.ops)

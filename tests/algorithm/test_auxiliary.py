@@ -20,6 +20,8 @@ from fastdreamer.algorithm.auxiliary import (
     jensen_shannon,
     latent_distance,
     log_determinant,
+    sinkhorn,
+    two_views,
     unbroken,
 )
 from fastdreamer.algorithm.rssm import State
@@ -27,6 +29,7 @@ from fastdreamer.config import Config, defaults
 from fastdreamer.envs.base import Spaces
 
 OPS = ops.load("reference")
+PIXELS = Spaces(image=True, vector=0, action=2, discrete=False)
 DISCRETE = Spaces(image=False, vector=5, action=3, discrete=True)
 CONTINUOUS = Spaces(image=False, vector=5, action=2, discrete=False)
 B, T = 4, 6
@@ -57,11 +60,17 @@ def make_batch(spaces: Spaces = CONTINUOUS) -> dict[str, Tensor]:
     action = torch.rand(B, T, spaces.action, generator=g) * 2 - 1
     if spaces.discrete:
         action = torch.eye(spaces.action)[torch.randint(spaces.action, (B, T), generator=g)]
-    return flags | {
-        "vector": torch.randn(B, T, spaces.vector, generator=g),
-        "reward": torch.randn(B, T, generator=g),
-        "action": action,
-    }
+    shown = {"vector": torch.randn(B, T, spaces.vector, generator=g)}
+    if spaces.image:
+        shown = {"image": torch.randint(0, 256, (B, T, 3, 64, 64), generator=g, dtype=torch.uint8)}
+    return (
+        flags
+        | shown
+        | {
+            "reward": torch.randn(B, T, generator=g),
+            "action": action,
+        }
+    )
 
 
 def parts(agent: Agent, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,7 +80,7 @@ def parts(agent: Agent, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def reached(loss: Tensor, module: nn.Module) -> set[str]:
     """The parts of a module that a loss has a gradient for."""
-    named = dict(module.named_parameters())
+    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     found = {name for name, grad in zip(named, grads, strict=True) if grad is not None and grad.any()}
     groups = {"rssm.prior": "prior", "rssm.posterior": "posterior", "rssm.": "sequence model"}
@@ -183,17 +192,78 @@ def test_barlow_by_hand() -> None:
     assert barlow(square, square[:, :1].repeat(1, 2), 0.5).item() == pytest.approx(51.2 * (0.5 + 0.5 * 0.5), rel=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["tpc", "infonce", "r2dreamer"])
+LOSS_OF = {"tpc": "tpc", "infonce": "infonce", "r2dreamer": "barlow", "dreamerpro": "prototypes"}
+
+
+@pytest.mark.parametrize("objective", LOSS_OF)
 def test_objectives_without_heads_learn_by_one_loss(objective: str) -> None:
     config = make_config(objective)
-    agent = Agent(CONTINUOUS, config, OPS)
+    spaces = PIXELS if config.aux.views == 2 else CONTINUOUS
+    agent = Agent(spaces, config, OPS)
     model = agent.world_model
     assert (model.value, model.action, model.decoder, agent.value_teacher) == (None, None, None, None)
     noise = agent.draw_update_noise(torch.Generator().manual_seed(0))
-    metrics = agent.update(make_batch(), noise, agent.make_optimizers())
-    name = "barlow" if objective == "r2dreamer" else objective
-    assert {k for k in metrics if k.startswith("loss/")} >= {f"loss/{name}", "loss/reward", "loss/dyn"}
+    metrics = agent.update(make_batch(spaces), noise, agent.make_optimizers())
+    assert {k for k in metrics if k.startswith("loss/")} >= {f"loss/{LOSS_OF[objective]}", "loss/reward", "loss/dyn"}
     assert all(value.isfinite() for value in metrics.values())
+
+
+# Two views, and prototypes
+
+
+def test_views_are_shifted_frames() -> None:
+    batch = make_batch(PIXELS)
+    image = batch["image"].float() / 255 - 0.5
+    still = two_views(batch, torch.full((2 * B, 2), 0.5), 3.0)
+    torch.testing.assert_close(still["image"], torch.cat([image, image]), atol=1e-5, rtol=0)
+    assert torch.equal(still["reward"], torch.cat([batch["reward"]] * 2))
+    # (2 u - 1) * 3 pixels: 2 to the right and 1 up
+    moved = two_views(batch, torch.tensor([[5 / 6, 1 / 3]]).expand(2 * B, 2), 3.0)["image"]
+    padded = F.pad(image.flatten(0, 1), (3, 3, 3, 3), mode="replicate")
+    torch.testing.assert_close(moved[:B].flatten(0, 1), padded[..., 4:68, 1:65], atol=1e-5, rtol=0)
+
+
+def test_assignments_to_prototypes_by_hand() -> None:
+    scores = torch.tensor([[1.0, 0.0], [0.5, 0.2]])
+    expected = torch.tensor([[0.6671, 0.3307], [0.3329, 0.6693]])
+    torch.testing.assert_close(sinkhorn(scores.t() / 0.5, 3).t(), expected, atol=1e-4, rtol=0)
+    g = torch.Generator().manual_seed(0)
+    prototypes, rows = (F.normalize(torch.randn(n, 32, generator=g), dim=-1) for n in (250, 1008))
+    for eps, least, most in ((0.05, 0.7, 1.1), (0.0125, 0.15, 2.5)):
+        targets = sinkhorn(rows @ prototypes.t() / eps, 3)
+        torch.testing.assert_close(targets.sum(1), torch.ones(1008), atol=1e-5, rtol=0)
+        used = targets.sum(0) / (1008 / 250)
+        assert least < used.min()
+        assert used.max() < most
+
+
+def test_prototypes() -> None:
+    agent, batch = make_agent(PIXELS, prototypes=1.0, views=2, prototypes_freeze=1), make_batch(PIXELS)
+    loss: Any = agent.world_model.auxiliary["prototypes"]
+    noise = agent.draw_update_noise(torch.Generator().manual_seed(2))
+    assert noise.posterior.shape[0] == noise.extra["views"].shape[0] == 2 * B
+    doubled = two_views(batch, noise.extra["views"], 3.0)
+    swapped = {name: torch.cat(field.chunk(2)[::-1]) for name, field in doubled.items()}
+    uniforms = noise.posterior, torch.cat(noise.posterior.chunk(2)[::-1])
+    one, other = (
+        agent.world_model.loss(rows, uniform, agent.value_teacher).parts["prototypes"]
+        for rows, uniform in zip((doubled, swapped), uniforms, strict=True)
+    )
+    torch.testing.assert_close(one, other)
+    assert reached(one, agent.world_model) == BEHIND | {"auxiliary"}
+
+    before = [p.clone() for p in loss.slow_encoder.parameters()]
+    held = loss.prototypes.clone()
+    optimizers = agent.make_optimizers()
+    agent.update_model(batch, noise, optimizers)
+    for slow, was, fast in zip(
+        loss.slow_encoder.parameters(), before, agent.world_model.encoder.parameters(), strict=True
+    ):
+        torch.testing.assert_close(slow, was.lerp(fast.detach(), 0.05))
+    torch.testing.assert_close(loss.prototypes, held)
+    agent.update_model(batch, noise, optimizers)
+    assert not torch.allclose(loss.prototypes, held)
+    torch.testing.assert_close(loss.prototypes.norm(dim=-1), torch.ones(loss.COUNT))
 
 
 # Contrast
