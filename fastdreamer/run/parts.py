@@ -206,8 +206,9 @@ def _assemble(config: Config, runtime: Runtime, environments: envs.Environments)
             return agent.update_behavior(model, *handed, optimizers)
 
     def update() -> dict[str, torch.Tensor]:
-        handed, metrics = update_model()
-        return metrics | update_behavior(agent.world_model, handed)
+        batch, noise = batches(), agent.draw_update_noise(generators["learn"])
+        with runtime.autocast():
+            return agent.update(batch, noise, optimizers)
 
     # Without the optimisers: a compiler would clone the parameters that they change, and copy them back.
     plain = {"learn_model": agent.learn_model, "learn_behavior": agent.learn_behavior}
