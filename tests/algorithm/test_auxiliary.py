@@ -314,7 +314,7 @@ def toy_batch(g: torch.Generator) -> tuple[Tensor, Tensor]:
         ("actions", slice(2, 4), -0.1, 0.02),
         ("actions", slice(0, 2), 0.7, math.log(3)),
         ("batch", slice(2, 4), 1.2, math.log(16)),
-        ("time", slice(2, 4), 1.2, math.log(9)),
+        pytest.param("time", slice(2, 4), 1.2, math.log(9), marks=pytest.mark.thorough),
     ],
 )
 def test_which_negatives_reward_a_background(negatives: str, seen: slice, least: float, most: float) -> None:

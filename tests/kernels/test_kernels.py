@@ -259,7 +259,11 @@ SMALL = list({case.operation: case for case in reversed(AWKWARD)}.values())
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("case", SMALL, ids=name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=THOROUGH) if case.operation == "rssm_observe" else case for case in SMALL],
+    ids=name,
+)
 def test_opcheck(case: Case, fused: ops.Ops) -> None:
     """torch's own examination of each custom operator that an operation calls: schema, autograd, fake, tracing."""
     called: list[tuple[Any, tuple[Any, ...]]] = []
@@ -353,7 +357,9 @@ def test_running_statistics_may_move_before_the_backward_pass(fused: ops.Ops) ->
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("batch_norm", [True, False], ids=["BatchNorm", "LayerNorm"])
+@pytest.mark.parametrize(
+    "batch_norm", [pytest.param(True, id="BatchNorm"), pytest.param(False, id="LayerNorm", marks=THOROUGH)]
+)
 def test_weights_in_the_precision_of_products_and_with_rows_wider_apart(batch_norm: bool, fused: ops.Ops) -> None:
     """As an optimiser keeps them for a recorded update: no cast, no copy, and gradients as they come."""
     case = Case(
