@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from fastdreamer import commandline
 from fastdreamer.config import OBJECTIVES, BadInput, parse_command
 from fastdreamer.envs.atari import GAMES
+from fastdreamer.envs.dmc_task import SPARSE
 
 DMC20 = (
     "acrobot_swingup", "cartpole_balance", "cartpole_balance_sparse", "cartpole_swingup", "cartpole_swingup_sparse",
@@ -19,11 +20,6 @@ DMC20 = (
     "walker_stand", "walker_walk",
 )  # fmt: skip
 """The tasks of the published table with natural backgrounds."""
-SPARSE = (
-    "cartpole_balance_sparse", "cartpole_swingup_sparse", "ball_in_cup_catch", "pendulum_swingup", "reacher_hard",
-    "finger_turn_hard", "hopper_hop", "acrobot_swingup",
-)  # fmt: skip
-"""Tasks that pay rarely: what is learned before the first reward decides."""
 VARIANTS = {
     "mudreamer": "",
     "no-action-head": "--no-action-head",

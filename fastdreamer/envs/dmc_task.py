@@ -4,6 +4,11 @@ import numpy as np
 
 EPISODE_STEPS = 1000
 """Control steps of an episode, in every task and both backends."""
+SPARSE = (
+    "cartpole_balance_sparse", "cartpole_swingup_sparse", "ball_in_cup_catch", "pendulum_swingup", "reacher_hard",
+    "finger_turn_hard", "hopper_hop", "acrobot_swingup",
+)  # fmt: skip
+"""Tasks that pay rarely: what is learned before the first reward decides."""
 
 
 def camera(name: str) -> int:

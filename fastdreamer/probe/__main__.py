@@ -30,7 +30,8 @@ class Command:
     episodes: int = 40
     """Whole episodes, half of them by random actions, the rest by the runs' policies in equal shares."""
     what: str = "state,rollout"
-    """WORDS with commas between: state (linear probes of the truth), rollout (error of the prior, rolled)."""
+    """WORDS with commas between: state (linear probes of the truth), rollout (error of the prior, rolled), mi (what the
+    next image tells of an action, in as many episodes more)."""
     background: str | None = None
     """Folder of videos played behind the frames, or `noise`, instead of the runs' own --eval-background."""
     eval_steps: int = 0
@@ -45,7 +46,7 @@ class Command:
     """Threads on a CPU; 0 chooses as the trainer does."""
 
 
-WORDS = ("state", "rollout")
+WORDS = ("state", "rollout", "mi")
 SAME = ("obs", "action_repeat", "render", "shown_in_evaluation", "env_args")
 """What runs must have in common of their environments to be compared."""
 FLAGS = {"shown_in_evaluation": "--eval-background", "action_repeat": "--action-repeat", "env_args": "--env-args"}
@@ -122,17 +123,22 @@ def run_command(command: Command) -> None:
     prepare_process(device, threads=choose_threads(replace(config, run=replace(config.run, threads=command.threads))))
     loaded = [load_agent(run, config, device) for run, config in zip(runs, configs, strict=True)]
     steps = command.eval_steps or max(map(episode_limit, configs, runs))
-    episodes = collect(
-        config,
-        [agent for agent, _ in loaded],
-        Runtime(device),
-        episodes=command.episodes,
-        steps=steps,
-        seed=command.seed,
-        told="state" in words,
-        progress=_teller(command.episodes),
-    )
-    split = split_episodes(episodes.episode, episodes.source, command.seed)
+
+    def played(**how: bool) -> "tuple[Episodes, Split]":
+        found = collect(
+            config,
+            [agent for agent, _ in loaded],
+            Runtime(device),
+            episodes=command.episodes,
+            steps=steps,
+            seed=command.seed,
+            progress=_teller(command.episodes),
+            **how,
+        )
+        return found, split_episodes(found.episode, found.source, command.seed)
+
+    episodes, split = played(told="state" in words)
+    by_coin = played(coin=True) if "mi" in words else None
     results = []
     pictures: list[tuple[str, np.ndarray]] = []
     for run, (agent, frames) in zip(runs, loaded, strict=True):
@@ -140,6 +146,8 @@ def run_command(command: Command) -> None:
         result = {"task": config.task, "frames": frames, "background": config.env.shown_in_evaluation}
         found, drawn = probe_run(run, agent, episodes, split, words, command.seed, device)
         result |= found
+        if by_coin is not None:
+            result["mi"] = probe_actions(agent, *by_coin, command.seed, device)
         # The true frames are the same ones.
         pictures += drawn[:1] if not pictures else []
         pictures += [(f"{title}, {run.name}", each) for title, each in drawn[1:]]
@@ -218,12 +226,28 @@ def probe_run(
     return found, frames
 
 
+def probe_actions(
+    agent: "Agent", episodes: "Episodes", split: "Split", seed: int, device: "torch.device"
+) -> dict[str, float]:
+    """What `mutual_information` says of the coin's actions, in episodes that have some."""
+    import numpy as np
+
+    from fastdreamer.probe.mutual import mutual_information
+    from fastdreamer.probe.rollout import observe
+
+    real = np.arange(episodes.lengths.max()) < episodes.lengths[:, None]
+    features = observe(agent, episodes, device, seed).features(real)
+    return mutual_information(
+        features["x"], features["s"], episodes.rows["action"], episodes.coin, split, agent.spaces.discrete, seed
+    )
+
+
 def tables(names: list[str], results: Sequence[dict[str, Any]]) -> list[Table]:
     """What is printed of the runs: a table a quantity, one row a run."""
     found: list[Table] = []
     first = results[0]
     for name in first.get("features", {}).get("s", {}):
-        rows = []
+        rows: list[list[str]] = []
         for run, result in zip(names, results, strict=True):
             scores = [result["features"][feature] for feature in FEATURES]
             controls = result["controls"]
@@ -233,6 +257,15 @@ def tables(names: list[str], results: Sequence[dict[str, Any]]) -> list[Table]:
         found.append((f"{name}, {_kind(first['features']['s'][name])}", header, rows))
     if "rollout" in first:
         found += _rollouts(names, [result["rollout"] for result in results])
+    if first.get("mi"):
+        told = [result["mi"] for result in results]
+        rows = [
+            [run, f"{_number(mi['nats'])} ({_number(mi['low'])}, {_number(mi['high'])})", _number(mi["without"])]
+            for run, mi in zip(names, told, strict=True)
+        ]
+        told_of = f"{told[0]['rows']:.0f} rows where a coin chose the action"
+        title = f"I(a_{{t-1}}; x_t | s_{{t-1}}): a lower bound in nats, of {told[0]['ceiling']:.2f}, from {told_of}"
+        found.append((title, ["run", "with x_t (95 %)", "without it: 0 within error"], rows))
     return found
 
 

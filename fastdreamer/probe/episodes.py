@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import torch
 
 from fastdreamer import envs
 from fastdreamer.algorithm.agent import Agent
@@ -19,11 +20,13 @@ from fastdreamer.envs.base import BatchEnv, Spaces, Step
 from fastdreamer.envs.episodic import EpisodicBatch
 from fastdreamer.envs.protocol import Job
 from fastdreamer.run.parts import make_acting
+from fastdreamer.runtime.acting import Acting
 from fastdreamer.runtime.device import cuda_index, generator
 from fastdreamer.runtime.graphs import Runtime
 
 ACT_STREAM, PLAY_STREAM = 103, 104
 """Streams of randomness that probed episodes are acted and played with; evaluation's are below them."""
+COIN_STREAM = 107
 CATCH, GRID = "envpool/Catch-v0", (10, 5)
 PATCHES = 4
 """Of a background's frame, along each side."""
@@ -43,6 +46,8 @@ class Episodes:
     """int (R,): the episode of each row, counted from 0."""
     source: np.ndarray
     """int (E,): who acted in each, 0 a uniformly random choice, i the policy of run i, counted from 1."""
+    coin: np.ndarray
+    """bool (R,): whether the action that led to a row was drawn uniformly because a coin said so."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -64,16 +69,20 @@ def collect(
     episodes: int,
     steps: int,
     seed: int,
-    told: bool,
+    told: bool = False,
+    coin: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Episodes:
     """Plays `episodes` episodes of a run's task: half by uniformly random actions, the rest in equal shares by the
     policies of `agents`, before the run's evaluation background.
 
-    They follow from `seed`, of which training has no episode. One that has not come to its end after `steps` decisions
-    is cut. Raises BadInput as `envs.make` does, and where the truth must be `told` and is not.
+    With a `coin` all are the policies', and every second action, by chance, is a uniformly random one instead. They
+    follow from `seed`, of which training has no episode. One that has not come to its end after `steps` decisions is
+    cut. Raises BadInput as `envs.make` does, and where the truth must be `told` and is not.
     """
-    source = np.concatenate([np.zeros(episodes // 2, int), 1 + np.arange(episodes - episodes // 2) % len(agents)])
+    random = 0 if coin else episodes // 2
+    source = np.concatenate([np.zeros(random, int), 1 + np.arange(episodes - random) % len(agents)])
+    tossed: list[bool] = []
     with contextlib.closing(Stage(config, seed, cuda_index(runtime.device))) as stage:
         for agent in agents:
             if agent.spaces != stage.spaces:
@@ -84,8 +93,11 @@ def collect(
         if told and not stage.tells:
             raise BadInput(f"--what state needs a truth and --task {config.task} tells none: use --what rollout.")
         noise = generator(runtime.device, seed, ACT_STREAM)
-        policies = [random_policy(stage.spaces, seed)]
-        policies += [_policy(make_acting(runtime, agent, 1, noise, captured=False)) for agent in agents]
+        by_chance = random_policy(stage.spaces, seed)
+        policies = [by_chance]
+        for agent in agents:
+            acting = make_acting(runtime, agent, 1, noise, captured=False)
+            policies.append(tossing(acting, by_chance, seed, tossed) if coin else _policy(acting))
         played = []
         for done, who in enumerate(source):
             progress(done)
@@ -100,7 +112,12 @@ def collect(
                 raise BadInput(f"--task {config.task} fails in an episode ({kind}: {error}): mend it.") from error
     rows, truth = ({name: np.concatenate([each[i][name] for each in played]) for name in played[0][i]} for i in (0, 1))
     lengths = [len(each[0]["is_first"]) for each in played]
-    return Episodes(rows, truth, np.repeat(np.arange(episodes), lengths), source)
+    episode = np.repeat(np.arange(episodes), lengths)
+    uniform = np.zeros(len(episode), bool)
+    if coin:
+        # No action leads to an episode's first row.
+        uniform[np.diff(episode, prepend=-1) == 0] = tossed
+    return Episodes(rows, truth, episode, source, uniform)
 
 
 def random_policy(spaces: Spaces, seed: int) -> Decide:
@@ -114,10 +131,26 @@ def random_policy(spaces: Spaces, seed: int) -> Decide:
     return decide
 
 
-def _policy(acting) -> Decide:
+def _policy(acting: Acting) -> Decide:
     def decide(step: Step) -> np.ndarray:
         acting(step)
         return acting.actions()
+
+    return decide
+
+
+def tossing(acting: Acting, by_chance: Decide, seed: int, tossed: list[bool]) -> Decide:
+    """A policy, and `by_chance` in its place where a coin says so; what it said is appended to `tossed`."""
+    rng, policy = np.random.default_rng([seed, COIN_STREAM]), _policy(acting)
+
+    def decide(step: Step) -> np.ndarray:
+        action = policy(step)
+        tossed.append(bool(rng.random() < 0.5))
+        if tossed[-1]:
+            action = by_chance(step)
+            # The agent is to know what was done, not what it would have done.
+            acting.replace(acting.carry._replace(action=torch.from_numpy(action).to(acting.carry.action.device)))
+        return action
 
     return decide
 

@@ -4,7 +4,6 @@ Prints one row a run, a mean over seeds where several runs differ in nothing but
 the same task beside them; below, aggregates over tasks with intervals; redraws each run's `learning_curve.png`.
 """
 
-import json
 import math
 import statistics
 import sys
@@ -13,15 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastdreamer import commandline
-from fastdreamer.config import BadInput
+from fastdreamer.envs.dmc_task import SPARSE
 from fastdreamer.report.comparison import Table, as_printed, compared, number, settings
 from fastdreamer.report.figures import combined_curve, profiles
+from fastdreamer.report.latents import latents, mean_std
 from fastdreamer.report.published import human_normalised, printed_of, quoted
 from fastdreamer.run.pictures import learning_curve
 from fastdreamer.run.records import RECENT_EPISODES, Run, read_run
 
-PROBE = "probe.json"
-PROBED = ("qpos", "qvel", "background")
+REWARDED = 10
+"""Which rewarded episode's end is told of tasks that pay rarely."""
+Groups = dict[tuple[str, str, int], list[Run]]
+"""By task, method and frames asked for."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +38,6 @@ class Command:
     """File to draw performance profiles into, such as OUT.png: the share of runs that score above each threshold."""
 
 
-@dataclass(frozen=True)
-class Probe:
-    """R2 of linear probes of s_t, by what they read off it (PROBED)."""
-
-    scores: dict[str, float]
-    background: str | None
-    """What was behind the frames that were probed: `noise`, a folder of videos, or nothing."""
-    at: int | None
-    """Frames that the probed agent had trained for, where the run's last are others: it may have trained on since."""
-
-    def shown(self, name: str) -> str:
-        earlier = "" if self.at is None or name not in self.scores else f" (at {self.at:,})"
-        return number(self.scores.get(name)) + earlier
-
-
 USAGE = "python -m fastdreamer.report RUN [RUN ...] [--plot FILE] [--profile FILE]"
 EXAMPLES = (
     "python -m fastdreamer.report runs/<run>",
@@ -60,7 +47,8 @@ EXAMPLES = (
 
 def summary(runs: Sequence[Run]) -> tuple[list[Table], list[str]]:
     """What the report prints: the table of runs, those of statistics and of published aggregates, and notes below."""
-    probes, damaged = _probes(runs)
+    groups = _groups(runs)
+    probed, explained_probes = latents((task, method, seeds) for (task, method, _), seeds in groups.items())
     found, repeated = settings(runs)
     aggregates, explained = compared(found)
     printed, quoted_notes = as_printed(found)
@@ -68,95 +56,44 @@ def summary(runs: Sequence[Run]) -> tuple[list[Table], list[str]]:
         f"last: mean return of the last {RECENT_EPISODES} training episodes; best: highest mean of {RECENT_EPISODES} "
         "in a row; eval: last evaluation, mean ± std over its episodes (over seeds in the rows of means)."
     ]
-    if probes:
-        earlier = any(probe.at is not None for probe in probes.values())
-        notes.append(
-            "R2: of what a linear probe reads off s_t in held-out episodes; 1 is all of it, 0 is nothing"
-            + ("; at: the probed agent's frames, where the row's are others." if earlier else ".")
-        )
-    if any(len(seeds) > 1 and not _alike(seeds, probes) for seeds in _groups(runs).values()):
-        notes.append(
-            "No mean of R2 over seeds where one was probed at other frames than its row's, or two before different "
-            "backgrounds: probe them together, by python -m fastdreamer.probe."
-        )
-    return [_runs(runs, probes), *aggregates, *printed], [*notes, *damaged, *repeated, *explained, *quoted_notes]
+    notes += [*explained_probes, *repeated, *explained, *quoted_notes]
+    return [_runs(groups), *probed, *aggregates, *printed], notes
 
 
-def _runs(runs: Sequence[Run], probes: dict[Path, Probe]) -> Table:
-    atari = any(run.config.task.startswith("atari/") for run in runs)
-    probed = [name for name in PROBED if any(name in probe.scores for probe in probes.values())]
+def _runs(groups: Groups) -> Table:
+    atari = any(task.startswith("atari/") for task, _, _ in groups)
+    sparse = any(task.removeprefix("dmc/") in SPARSE for task, _, _ in groups)
     header = ["task", "method", "seed", "frames", "last", "best", "eval", "updates/s"]
-    header += [f"R2 {name}" for name in probed]
+    header += [f"{REWARDED}th rewarded"] if sparse else []
     header += (["human-norm."] if atari else []) + ["published"]
     rows: list[list[str]] = []
-    for (task, method, _), seeds in _groups(runs).items():
+    for (task, method, _), seeds in groups.items():
         for run in seeds:
             std = run.evaluation_std[-1] if len(run.evaluation_std) else math.nan
             evaluated = number(run.evaluated) + ("" if math.isnan(std) else f" ± {number(std)}")
             rows.append([task, method, str(run.config.seed), f"{run.frames:,}", number(run.last), number(run.best),
                          evaluated, number(run.updates_per_second)])  # fmt: skip
-            rows[-1] += [probes[run.path].shown(name) if run.path in probes else "-" for name in probed]
+            rows[-1] += [_rewarded(run)] if sparse else []
             rows[-1] += _comparison(seeds[0], run.score, atari)
         if len(seeds) > 1:
-            of_seeds = [probes[run.path] for run in seeds if run.path in probes] if _alike(seeds, probes) else []
-            found = [[probe.scores.get(name) for probe in of_seeds] for name in probed]
             columns = ([run.last for run in seeds], [run.best for run in seeds], [run.evaluated for run in seeds],
-                       [run.updates_per_second for run in seeds], *found)  # fmt: skip
+                       [run.updates_per_second for run in seeds])  # fmt: skip
             rows.append([task, method, f"mean ± std of {len(seeds)}", f"{min(run.frames for run in seeds):,}"])
-            rows[-1] += [_mean_std(column) for column in columns]
+            rows[-1] += [mean_std(column) for column in columns] + (["-"] if sparse else [])
             rows[-1] += _comparison(seeds[0], _mean([run.score for run in seeds]), atari)
     return Table("", header, rows)
 
 
-def _alike(seeds: Sequence[Run], probes: dict[Path, Probe]) -> bool:
-    """Whether what probes found of these runs has a mean: all at the frames of the runs, before one background."""
-    found = [probes[run.path] for run in seeds if run.path in probes]
-    return all(probe.at is None for probe in found) and len({probe.background for probe in found}) <= 1
+def _rewarded(run: Run) -> str:
+    """Frames until the end of the episode that was the tenth to pay anything: a sparse task's zero is either no
+    discovery or no learning."""
+    ends = run.episodes.frames[run.episodes.values > 0]
+    return f"{ends[REWARDED - 1]:,.0f}" if len(ends) >= REWARDED else f"- ({len(ends)})"
 
 
-def _probes(runs: Sequence[Run]) -> tuple[dict[Path, Probe], list[str]]:
-    """What probes of the runs found, by folder, and a sentence for each file that cannot be read."""
-    probes, damaged = {}, []
-    for run in runs:
-        try:
-            probe = read_probe(run)
-            if probe is not None and probe.scores:
-                probes[run.path] = probe
-        except BadInput as error:
-            damaged.append(str(error))
-    return probes, damaged
-
-
-def read_probe(run: Run) -> Probe | None:
-    """What a run's `probe.json` says; None without one, or where it holds no features.
-
-    Raises BadInput where the file is damaged.
-    """
-    path = run.path / PROBE
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        found = record.get("features", {}).get("s", {})
-        if not found:
-            return None
-        scores = {name: found[name].get("r2") for name in PROBED if name in found}
-        frames, background = int(record["frames"]), record.get("background")
-        return Probe(
-            {name: float(score) for name, score in scores.items() if score is not None},
-            None if background is None else str(background),
-            None if frames == run.frames else frames,
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no result of a probe"
-        raise BadInput(
-            f"{path} cannot be read ({why}): write it again by python -m fastdreamer.probe {run.path}."
-        ) from None
-
-
-def _groups(runs: Sequence[Run]) -> dict[tuple[str, str, int], list[Run]]:
+def _groups(runs: Sequence[Run]) -> Groups:
     """Runs that differ in nothing but the seed, in the order given."""
-    groups: dict[tuple[str, str, int], list[Run]] = {}
+    groups: Groups = {}
     for run in runs:
         groups.setdefault((run.config.task, run.method, run.config.run.frames), []).append(run)
     return groups
@@ -177,15 +114,6 @@ def _comparison(run: Run, score: float | None, atari: bool) -> list[str]:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known else None
-
-
-def _mean_std(values: Sequence[float | None]) -> str:
-    """Mean and sample standard deviation, over the runs that have the value."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    spread = f" ± {number(statistics.stdev(known))}" if len(known) > 1 else ""
-    return number(statistics.mean(known)) + spread
 
 
 def _print(tables: Sequence[Table], notes: Sequence[str]) -> None:

@@ -5,14 +5,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 
 from fastdreamer.config import EnvConfig, defaults
 from fastdreamer.envs.background import Textures
+from fastdreamer.envs.base import Step
 from fastdreamer.envs.dm_control import DmControl
-from fastdreamer.probe.episodes import CATCH, Stage, catch, patches, random_policy
+from fastdreamer.probe.episodes import CATCH, Stage, catch, patches, random_policy, tossing
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,6 +55,43 @@ def test_catch_reads_where_ball_and_paddle_meet() -> None:
     assert catch(grids)["paddle_column"].tolist() == 10 * [3]
     grids[9, 9, 3] = 0
     assert catch(grids)["paddle_column"].tolist() == [*(9 * [3]), 1]
+
+
+class Carry(NamedTuple):
+    action: torch.Tensor
+
+
+class Still:
+    """An agent that always stays; it remembers what it is told that it did."""
+
+    def __init__(self) -> None:
+        self.carry, self.did = Carry(torch.zeros(1, 3)), []
+
+    def __call__(self, step: Step) -> None:
+        self.did.append(self.carry.action.numpy().copy())
+        self.carry = Carry(torch.eye(3)[1:2])
+
+    def actions(self) -> np.ndarray:
+        return self.carry.action.numpy()
+
+    def replace(self, carry: Carry) -> None:
+        self.carry = carry
+
+
+def test_a_coin_decides_who_acts_and_the_agent_knows_what_was_done() -> None:
+    played, agent, tossed = stage(CATCH), Still(), []
+    decide = tossing(agent, random_policy(played.spaces, 0), 0, tossed)  # pyright: ignore[reportArgumentType]
+    rows = [played.episode(decide, 100)[0] for _ in range(20)]
+    done = np.concatenate([each["action"][1:] for each in rows]).argmax(1)
+    coin = np.array(tossed)
+    assert len(done) == len(coin) == 180
+    assert (done[~coin] == 1).all()
+    assert np.bincount(done[coin]).min() > 15
+    assert 60 < coin.sum() < 120
+    told = np.concatenate([each["action"][:-1] for each in rows])
+    inner = np.concatenate([[False] + 8 * [True] for _ in rows])
+    assert np.array_equal(np.concatenate(agent.did)[inner], told[inner])
+    played.close()
 
 
 def test_a_background_is_told_and_does_not_hide_the_truth() -> None:

@@ -26,11 +26,17 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_runs_are_probed_in_the_same_episodes(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
-    assert probe.main([str(demo), str(demo), "--episodes", "10"]) == 0
+    assert probe.main([str(demo), str(demo), "--episodes", "10", "--what", "state,rollout,mi"]) == 0
     out, error = capsys.readouterr()
     assert "envpool/Catch-v0: 100 rows of 10 episodes, 5 by random actions; 6 to fit on, 2 to choose by, 2 to t" in out
     assert "take more by --episodes" in error
-    for title in ("background, R2", "ball_column, accuracy", "rolled prior: KL", "rolled prior: ball_row"):
+    for title in (
+        "background, R2",
+        "ball_column, accuracy",
+        "rolled prior: KL",
+        "rolled prior: ball_row",
+        "I(a_{t-1}; x_t",
+    ):
         block = out[out.index(title) :].splitlines()[1:4]
         assert block[1] == block[2]
         assert block[1].startswith(str(demo))
@@ -49,6 +55,8 @@ def test_runs_are_probed_in_the_same_episodes(demo: Path, capsys: pytest.Capture
         "kl", "reward_error", "return_error", "ball_row", "ball_column", "paddle_column"
     }  # fmt: skip
     assert told["rollout"]["5"]["ball_row"].keys() == {"rolled", "floor", "persistence"}
+    assert told["mi"].keys() == {"nats", "low", "high", "without", "ceiling", "rows"}
+    assert 0 < told["mi"]["rows"] < 18
     assert told["background"] == "noise"
     assert told["episodes"]["count"] == 10
     assert told["seed"] == 0
@@ -85,7 +93,7 @@ def test_what_cannot_be_probed_is_refused_in_a_sentence(
     for arguments, sentence in {
         (str(frames), "--episodes", "5"): "--what state needs a truth and --task gym/env_samples:Frames-v0 tells none",
         (str(demo), str(frames)): "compare runs that see the same",
-        (str(demo), "--what", "mi"): "--what mi is none of state, rollout",
+        (str(demo), "--what", "nothing"): "--what nothing is none of state, rollout, mi",
         (str(demo), "--what", ","): "--what names nothing",
         (str(demo), "--episodes", "4"): "--episodes is 4 and must be at least 5",
         (str(demo), "--threads", "-1"): "--threads is -1",

@@ -33,7 +33,8 @@ def episodes() -> Episodes:
         "reward": rng.standard_normal(rows).astype(np.float32),
         "is_first": first,
     }
-    return Episodes(held, {"place": rng.standard_normal((rows, 2)).astype(np.float32)}, episode, np.zeros(3, int))
+    truth = {"place": rng.standard_normal((rows, 2)).astype(np.float32)}
+    return Episodes(held, truth, episode, np.zeros(3, int), np.zeros(rows, bool))
 
 
 def test_with_the_posteriors_samples_a_rollout_is_the_posterior(agent: Agent, episodes: Episodes) -> None:

@@ -13,6 +13,7 @@ from fastdreamer.config import BadInput, defaults
 from fastdreamer.report import __main__ as report
 from fastdreamer.report import figures, published
 from fastdreamer.report.comparison import Table
+from fastdreamer.report.latents import PROBE
 from fastdreamer.run import pictures
 from fastdreamer.run.records import METRICS, Run, Series, read_run
 
@@ -286,27 +287,44 @@ def test_seeds_are_as_recorded():
     assert published.seed_scores("plain")["tpc"]["dmc/reacher_easy"].tolist() == [285.4, 736.7, 486.5]
 
 
-def test_probes_get_columns_and_a_damaged_one_a_sentence(tmp_path):
+def latents_of(runs: list[Path]) -> tuple[list[dict[str, str]], str]:
+    tables, notes = report.summary([read_run(run) for run in runs])
+    return [row for table in tables if table.title == "latents" for row in entries(table)], "\n".join(notes)
+
+
+def test_probes_get_a_table_and_a_damaged_one_a_sentence(tmp_path):
     runs = [make_run(tmp_path, "dmc/walker_run", s, [1.0], evaluation=1.0) for s in range(4)]
-    assert not any(column.startswith("R2") for column in cells(runs)[0][0])
+    assert latents_of(runs)[0] == []
     qpos, qvel = {"r2": 0.9, "chosen": 10}, {"r2": "nan"}
-    probed = {"s": {"qpos": qpos, "qvel": qvel, "contact": {}}, "h": {"background": {"r2": 0.5}}}
-    (runs[0] / report.PROBE).write_text(json.dumps({"frames": 30, "seed": 0, "features": probed}))
+    whole = {
+        "frames": 30,
+        "seed": 0,
+        "features": {"s": {"qpos": qpos, "qvel": qvel, "contact": {}}, "h": {"background": {"r2": 0.5}}},
+        "mi": {"nats": 0.25, "low": 0.1},
+        "rollout": {"1": {"kl": 2.0}, "5": {"reward_error": 0.5, "qpos": {"rolled": 0.4, "floor": 0.9}}},
+    }
+    (runs[0] / PROBE).write_text(json.dumps(whole))
     probed = {"s": {"qpos": {"r2": 0.7}, "background": {}}}
-    (runs[1] / report.PROBE).write_text(json.dumps({"frames": 30, "features": probed}))
-    (runs[2] / report.PROBE).write_text("{}")
-    rows, notes = cells(runs)
-    assert [row["R2 qpos"] for row in rows] == ["0.90", "0.70", "-", "-", f"0.80 ± {0.2 / 2**0.5:.2f}"]
+    (runs[1] / PROBE).write_text(json.dumps({"frames": 30, "features": probed, "episodes": {"count": 9}}))
+    (runs[2] / PROBE).write_text("{}")
+    rows, notes = latents_of(runs)
+    # What holds nothing is told of in a sentence; what was not probed has no row.
+    assert [row["seed"] for row in rows] == ["0", "1", "mean ± std of 2"]
+    assert [row["R2 qpos"] for row in rows] == ["0.90", "0.70", f"0.80 ± {0.2 / 2**0.5:.2f}"]
+    assert [row["MI"] for row in rows] == ["0.25", "-", "0.25"]
+    assert [rows[0][name] for name in ("KL +1", "reward +5", "qpos +5")] == ["2.00", "0.50", "0.40"]
     assert {row["R2 qvel"] for row in rows} == {"-"}
     assert "R2 background" not in rows[0]
     assert "linear probe" in notes
+    assert "Not all runs were probed in the same episodes" in notes
     for damage in (b"", b"[1]", b"\xff", b'{"features": 3}', b'{"features": {"s": {"qpos": {"r2": "x"}}}}',
                    b'{"features": {"s": {"qpos": 1}}}', b'{"features": {"s": {"qpos": {"r2": [1]}}}}',
-                   b'{"features": {"s": {"qpos": {"r2": 1}}}}'):  # fmt: skip
-        (runs[1] / report.PROBE).write_bytes(damage)
-        rows, notes = cells(runs)
-        assert [row["R2 qpos"] for row in rows] == ["0.90", "-", "-", "-", "0.90"]
-        path = runs[1] / report.PROBE
+                   b'{"features": {"s": {"qpos": {"r2": 1}}}}', b'{"frames": 30, "rollout": []}',
+                   b'{"frames": 30, "mi": {"nats": {}}}'):  # fmt: skip
+        (runs[1] / PROBE).write_bytes(damage)
+        rows, notes = latents_of(runs)
+        assert [row["R2 qpos"] for row in rows] == ["0.90"]
+        path = runs[1] / PROBE
         assert f"{path} cannot be read (it is no result of a probe): write it again by python -m fastdreamer" in notes
 
 
@@ -316,24 +334,30 @@ def test_a_probe_of_an_earlier_state_or_another_background_is_in_no_mean(tmp_pat
     def probed(*found: tuple[int, str | None]) -> tuple[list[str], str]:
         for run, (frames, shown) in zip(runs, found, strict=True):
             record = {"frames": frames, "background": shown, "features": {"s": {"qpos": {"r2": frames / 100}}}}
-            (run / report.PROBE).write_text(json.dumps(record))
-        rows, notes = cells(runs)
-        assert {row["R2 qvel"] for row in rows if "R2 qvel" in row} <= {"-"}
-        return [row["R2 qpos"] for row in rows], notes
+            (run / PROBE).write_text(json.dumps(record))
+        rows, notes = latents_of(runs)
+        assert "Not all runs were probed in the same episodes" not in notes
+        return [f"{row['frames']}: {row['R2 qpos']}" for row in rows], notes
 
     alike, notes = probed((30, "noise"), (30, "noise"))
-    assert alike == ["0.30", "0.30", "0.30 ± 0.00"]
-    assert "No mean of R2" not in notes
-    assert "; at: the probed" not in notes
+    assert alike == ["30: 0.30", "30: 0.30", "30: 0.30 ± 0.00"]
+    assert "No mean of probes" not in notes
     stale, notes = probed((30, None), (20, None))
-    assert stale == ["0.30", "0.20 (at 20)", "-"]
-    assert notes.count("No mean of R2") == notes.count("; at: the probed") == 1
+    assert stale == ["30: 0.30", "30 (at 20): 0.20", "30: -"]
+    assert notes.count("No mean of probes") == 1
     # Both of an earlier state, even of the same one, are no runs of the frames that the row names.
-    assert probed((20, None), (20, None))[0][-1] == "-"
+    assert probed((20, None), (20, None))[0][-1] == "30: -"
     others, notes = probed((30, None), (30, "noise"))
-    assert others == ["0.30", "0.30", "-"]
-    assert notes.count("No mean of R2") == 1
-    assert "; at: the probed" not in notes
+    assert others == ["30: 0.30", "30: 0.30", "30: -"]
+    assert notes.count("No mean of probes") == 1
+
+
+def test_a_task_that_pays_rarely_says_when_it_had_paid_ten_times(tmp_path):
+    """Zero is either no discovery or no learning."""
+    returns = [0.0] * 5 + [1.0] * 12
+    runs = [make_run(tmp_path, "dmc/hopper_hop", s, returns[: len(returns) - 4 * s]) for s in range(2)]
+    assert [row["10th rewarded"] for row in cells(runs)[0]] == ["150", "- (8)", "-"]
+    assert "10th rewarded" not in cells([make_run(tmp_path, "dmc/walker_run", 0, returns)])[0][0]
 
 
 def test_other_tasks_of_one_name_are_other_methods(tmp_path):
