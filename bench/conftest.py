@@ -484,7 +484,7 @@ def call_of(operation: Callable[..., Any], case: Case, seed: int, backward: bool
     """One call on inputs of its own, with the gradients of what the operation learns."""
     inputs = case.inputs(DTYPE, DEVICE, seed)
     operation = cases.adapted(case.operation, operation)
-    leaves = [inputs[name].requires_grad_() for name in cases.LEARNED.get(case.operation, ()) if backward]
+    leaves = [inputs[name].requires_grad_() for name in cases.learned(case.operation, inputs) if backward]
 
     def results() -> list[Tensor]:
         return [out for out in tensors(operation(**inputs)) if out.requires_grad or not leaves]

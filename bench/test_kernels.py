@@ -102,7 +102,7 @@ def test_rssm_step(implementation: str, measure: Measure, request: pytest.Fixtur
 
     def step(model: RSSM = model) -> State:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=CUDA):
-            return model.imagine_step(state, action, uniform)
+            return model.imagine_step(state, action, uniform)[0]
 
     torch._dynamo.reset()
     call = {"products": products, "compiled": torch.compile(step, fullgraph=True)}.get(implementation, step)

@@ -88,7 +88,7 @@ def imagined_step(trainer: Trainer) -> tuple[Call, dict[str, float]]:
     action = torch.tanh(inputs.noise.imagination.action[0])
 
     def forward() -> list[Tensor]:
-        return list(inputs.model.rssm.imagine_step(inputs.start, action, inputs.noise.imagination.prior[0]))
+        return list(inputs.model.rssm.imagine_step(inputs.start, action, inputs.noise.imagination.prior[0])[0])
 
     return part(trainer, forward, [])
 

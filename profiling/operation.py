@@ -24,7 +24,7 @@ WARM = 3
 def call_of(case: Case, operation: Callable[..., Any], device: torch.device, dtype: torch.dtype) -> Callable[[], Any]:
     """The operation on a case's inputs, and where it has gradients its backward pass after it."""
     inputs = case.inputs(dtype, device)
-    leaves = [inputs[name].requires_grad_() for name in cases.LEARNED.get(case.operation, ())]
+    leaves = [inputs[name].requires_grad_() for name in cases.learned(case.operation, inputs)]
     operation = cases.adapted(case.operation, operation)
 
     def call() -> Any:

@@ -385,8 +385,8 @@ class Consistency(Auxiliary):
         total, weights = seen.embed.new_zeros((), dtype=torch.float32), 0.0
         for k, uniform in enumerate(noise["consistency"], 2):
             state = State(deter, seen.rssm.sample(prior, uniform))
-            deter = seen.rssm.advance(state, seen.batch["action"][:, k : last + k].flatten(0, 1))
-            prior = seen.rssm.prior(deter)
+            deter, read = seen.rssm.advance(state, seen.batch["action"][:, k : last + k].flatten(0, 1))
+            prior = seen.rssm.prior(read)
             posterior = seen.posterior[:, k : last + k].flatten(0, 1).detach()
             loss = self.divergence(posterior, prior).view(b, last)
             weight = self.aux.consistency_decay ** (k - 2)
@@ -497,7 +497,7 @@ class Controllability(Auxiliary):
         """h (N, M, D) after each of M actions (N, M, A)."""
         n, m = actions.shape[:2]
         repeated = State(state.deter.repeat_interleave(m, 0), state.stoch.repeat_interleave(m, 0))
-        return rssm.advance(repeated, actions.flatten(0, 1)).view(n, m, -1)
+        return rssm.advance(repeated, actions.flatten(0, 1))[0].view(n, m, -1)
 
 
 def capacity(displacements: Tensor, sigma: float) -> Tensor:

@@ -81,8 +81,8 @@ class Behavior(nn.Module):
             # The actor sees states as given: what it does changes later states only through its actions.
             policy.append(self.actor(features[-1].detach()))
             actions.append(self.distribution(policy[-1]).sample(action))
-            state = model.rssm.imagine_step(state, actions[-1], prior)
-            features.append(state.features())
+            state, following = model.rssm.imagine_step(state, actions[-1], prior)
+            features.append(following)
         # H+1 times (N, F) -> (H+1, N, F)
         stacked = torch.stack(features)
         imagined = stacked[1:]

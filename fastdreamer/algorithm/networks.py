@@ -67,10 +67,12 @@ class LayerNormAct(nn.Module):
         self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
         self.ops = ops
 
-    def forward(self, x: Tensor, *, batch_stats: bool = False, frozen: bool = False) -> Tensor:
-        """Where `frozen`, scale and shift have no gradient. `batch_stats` means nothing here: a layer's norm is called
-        alike whichever kind it is."""
-        return self.ops.layer_norm_act(x, given(self.weight, frozen), given(self.bias, frozen), NORM_EPS)
+    def forward(
+        self, x: Tensor, *, beside: Tensor | None = None, batch_stats: bool = False, frozen: bool = False
+    ) -> Tensor:
+        """(..., C), or (..., C + D) joined with `beside` (..., D). Where `frozen`, scale and shift have no gradient.
+        `batch_stats` means nothing here: a layer's norm is called alike whichever kind it is."""
+        return self.ops.layer_norm_act(x, given(self.weight, frozen), given(self.bias, frozen), NORM_EPS, beside)
 
 
 class BatchNormAct(nn.Module):

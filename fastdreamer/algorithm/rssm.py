@@ -60,14 +60,16 @@ class RSSM(nn.Module):
         deter = torch.tanh(self.initial_deter).unsqueeze(0)
         return State(deter, onehot_mode(self.prior(deter)))
 
-    def advance(self, state: State, action: Tensor, *, frozen: bool = False) -> Tensor:
-        """The sequence model: state and action (N, A) at t-1 to `deter` (N, D) at t; `frozen` as `given` has it.
+    def advance(self, state: State, action: Tensor, *, frozen: bool = False) -> tuple[Tensor, Tensor]:
+        """The sequence model: state and action (N, A) at t-1 to `deter` (N, D) at t; `frozen` as `given` has it. And
+        the same again as products read it, in the latents' dtype.
 
         Beyond [-1, 1] an action counts as its bound, as environments clip it; its gradient is scaled, not cut.
         """
         stoch = state.stoch.flatten(-2)
-        u = self.inp_norm(self.inp(torch.cat([stoch, bounded(action).to(stoch.dtype)], -1)), frozen=frozen)
-        pre = self.gates(torch.cat([u, state.deter.to(u.dtype)], -1))
+        u = self.inp(torch.cat([stoch, bounded(action).to(stoch.dtype)], -1))
+        # (N, U) -> (N, U + D) -> (N, 3D)
+        pre = self.gates(self.inp_norm(u, beside=state.deter, frozen=frozen))
         scale, shift = given(self.gates_weight, frozen), given(self.gates_bias, frozen)
         return self.ops.gru_gates(pre, state.deter, scale, shift, NORM_EPS)
 
@@ -110,8 +112,8 @@ class RSSM(nn.Module):
             torch.where(fresh, initial.deter, state.deter),
             torch.where(fresh.unsqueeze(-1), initial.stoch, state.stoch),
         )
-        deter = self.advance(state, action.masked_fill(fresh, 0))
-        logits = self.posterior(deter, embed, batch_stats=batch_stats)
+        deter, read = self.advance(state, action.masked_fill(fresh, 0))
+        logits = self.posterior(read, embed, batch_stats=batch_stats)
         return State(deter, self.sample(logits, uniform)), logits
 
     def observe(
@@ -158,10 +160,13 @@ class RSSM(nn.Module):
             self.posterior_out.bias,
         )
 
-    def imagine_step(self, state: State, action: Tensor, uniform: Tensor) -> State:
-        """One prior step: the state (N, ...) that follows an action (N, A), drawn with uniforms (N, S).
+    def imagine_step(self, state: State, action: Tensor, uniform: Tensor) -> tuple[State, Tensor]:
+        """One prior step: the state (N, ...) that follows an action (N, A), drawn with uniforms (N, S); and the same as
+        `features` (N, D + S*K).
 
         Its gradients are for state and action: who imagines does not change the model.
         """
-        deter = self.advance(state, action, frozen=True)
-        return State(deter, self.sample(self.prior(deter, frozen=True), uniform))
+        deter, read = self.advance(state, action, frozen=True)
+        prior = self.prior(read, frozen=True)
+        features = self.ops.sample_onehot(prior, uniform.contiguous(), self.unimix, beside=deter)
+        return State(deter, features[:, deter.shape[-1] :].view(prior.shape)), features

@@ -158,6 +158,6 @@ class WorldModel(nn.Module):
         state = State(states.deter[:, -1].contiguous(), states.stoch[:, -1].contiguous())
         features = [states.features()]
         for t in range(context, uniform.shape[1]):
-            state = self.rssm.imagine_step(state, batch["action"][:, t], uniform[:, t])
-            features.append(state.features().unsqueeze(1))
+            state, following = self.rssm.imagine_step(state, batch["action"][:, t], uniform[:, t])
+            features.append(following.unsqueeze(1))
         return self.decoder(torch.cat(features, 1))

@@ -73,8 +73,8 @@ def roll(rssm: RSSM, state: State, action: Tensor, sample: Callable[[int, Tensor
     """
     states, priors = [], []
     for k in range(action.shape[1]):
-        deter = rssm.advance(state, action[:, k])
-        priors.append(rssm.prior(deter))
+        deter, read = rssm.advance(state, action[:, k])
+        priors.append(rssm.prior(read))
         state = State(deter, sample(k, priors[-1]))
         states.append(state)
     deter, stoch = (torch.stack(each, 1) for each in zip(*states, strict=True))

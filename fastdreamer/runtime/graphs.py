@@ -18,6 +18,9 @@ from torch import Tensor
 from fastdreamer.config import BadInput
 
 OURS, HERE = re.compile(r"\bfastdreamer(_kernels)?/"), "runtime/graphs.py"
+FEWER_LAUNCHES: dict[str, Any] = {"combo_kernels": True, "max_pointwise_cat_inputs": 64}
+"""Inductor's options: what is independent of each other becomes one kernel; imagined steps are joined by one, not by a
+copy each."""
 Say = Callable[[str], None]
 
 
@@ -201,13 +204,11 @@ class Runtime:
         config.trace_autograd_ops = True  # pyright: ignore[reportAttributeAccessIssue]
         # Before, Inductor's reordering of loops fails on gradients of decoders and of small networks.
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        options: dict[str, Any] = {"loop_ordering_after_fusion": False} if version < (2, 13) else {}
+        options = FEWER_LAUNCHES | ({"loop_ordering_after_fusion": False} if version < (2, 13) else {})
         if EARLY:
             options["triton.enable_pdl"] = True
         return {
-            name: _Fallback(
-                torch.compile(part, fullgraph=True, dynamic=False, options=options or None), part, name, self
-            )
+            name: _Fallback(torch.compile(part, fullgraph=True, dynamic=False, options=options), part, name, self)
             for name, part in parts.items()
         }
 

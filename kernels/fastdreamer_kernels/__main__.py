@@ -13,7 +13,7 @@ from fastdreamer_kernels.machine import TARGETS
 from fastdreamer_kernels.rssm_observe import plan
 
 SHAPES = {
-    "gru_gates": "pre (N, 3D), deter (N, D) -> (N, D)",
+    "gru_gates": "pre (N, 3D), deter (N, D) -> (N, D) in both dtypes",
     "sample_onehot": "logits (..., K), uniform (...) -> (..., K)",
     "layer_norm_act": "(..., C) -> (..., C)",
     "batch_norm_act": "(..., C) -> (..., C)",

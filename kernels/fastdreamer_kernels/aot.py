@@ -81,7 +81,7 @@ def variants(chosen: Iterable[Case], arch: str) -> list[Variant]:
         for dtype in DTYPES:
             inputs = case.smaller().inputs(dtype)
             with recording(TARGETS[arch]) as launches:
-                leaves = [inputs[name].requires_grad_() for name in cases.LEARNED.get(case.operation, ())]
+                leaves = [inputs[name].requires_grad_() for name in cases.learned(case.operation, inputs)]
                 result = operation(**inputs)
                 outs = [out for out in ([result] if isinstance(result, Tensor) else result) if out is not None]
                 if leaves:

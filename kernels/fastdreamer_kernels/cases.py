@@ -72,31 +72,38 @@ class Draw:
         return torch.randint(high, shape, dtype=dtype, **self._drawn).to(self.device)
 
 
+def _kept(draw: Draw, name: str, rows: int, size: int) -> Inputs:
+    """The recurrent state, which is kept in fp32 whatever the activations' dtype, or in fp64."""
+    return {name: draw.normal(rows, size, std=0.5, dtype=torch.promote_types(draw.dtype, torch.float32))}
+
+
 def gru_gates(draw: Draw, rows: int, deter: int) -> Inputs:
     return {
         "pre": draw.normal(rows, 3 * deter),
-        "deter": draw.normal(rows, deter, std=0.5),
+        **_kept(draw, "deter", rows, deter),
         "weight": draw.weight(3 * deter, mean=1),
         "bias": draw.weight(3 * deter, mean=0),
         "eps": 1e-3,
     }
 
 
-def sample_onehot(draw: Draw, rows: int, stoch: int, classes: int) -> Inputs:
-    return {
+def sample_onehot(draw: Draw, rows: int, stoch: int, classes: int, beside: int = 0) -> Inputs:
+    inputs = {
         "logits": draw.normal(rows, stoch, classes, std=2),
         "uniform": draw.uniform(rows, stoch),
         "unimix": 0.01,
     }
+    return inputs | (_kept(draw, "beside", rows, beside) if beside else {})
 
 
-def layer_norm_act(draw: Draw, rows: int, columns: int) -> Inputs:
-    return {
+def layer_norm_act(draw: Draw, rows: int, columns: int, beside: int = 0) -> Inputs:
+    inputs = {
         "x": draw.normal(rows, columns, mean=0.5, std=2),
         "weight": draw.weight(columns, mean=1),
         "bias": draw.weight(columns, mean=0),
         "eps": 1e-3,
     }
+    return inputs | (_kept(draw, "beside", rows, beside) if beside else {})
 
 
 def batch_norm_act(draw: Draw, rows: int, columns: int, batch_stats: bool) -> Inputs:
@@ -247,8 +254,8 @@ MAKERS: dict[str, Callable[..., Inputs]] = {
 }  # fmt: skip
 LEARNED = {
     "gru_gates": ("pre", "deter", "weight", "bias"),
-    "sample_onehot": ("logits",),
-    "layer_norm_act": ("x", "weight", "bias"),
+    "sample_onehot": ("logits", "beside"),
+    "layer_norm_act": ("x", "weight", "bias", "beside"),
     "batch_norm_act": ("x", "weight", "bias"),
     "twohot_loss": ("logits",),
     "twohot_mean": ("logits",),
@@ -256,7 +263,8 @@ LEARNED = {
     "lambda_return": ("reward", "discount", "value"),
     "rssm_observe": ("embed", "deter", *Weights._fields),
 }
-"""Which arguments an operation has gradients for; those that are missing here are not differentiable."""
+"""Which arguments an operation has gradients for, where they are given; those that are missing here are not
+differentiable."""
 ARITHMETIC = {
     "gru_gates": ("deter", 40, 100),
     "sample_onehot": ("logits", 11, 9),
@@ -287,6 +295,11 @@ WRITTEN = {
 """Which arguments an operation changes in place."""
 MOST = {"rows": 512, "columns": 64, "ring": 16, "batch": 2, "length": 4, "parameters": 4096, "slow": 1024}
 """Where `smaller` cuts: sizes that decide how much there is to do, and not which kernel does it."""
+
+
+def learned(operation: str, inputs: Inputs) -> list[str]:
+    """Which of these inputs an operation has gradients for."""
+    return [name for name in LEARNED.get(operation, ()) if name in inputs]
 
 
 def nbytes(tensor: Tensor) -> int:
@@ -328,7 +341,7 @@ class Case:
         needed = sum(nbytes(value) for name, value in given.items() if name not in idle)
         # A KL's three numbers a row come back as two gradients.
         arriving = sum(map(nbytes, outs[:2]))
-        return forward, needed + arriving + sum(nbytes(given[name]) for name in LEARNED[self.operation])
+        return forward, needed + arriving + sum(nbytes(given[name]) for name in learned(self.operation, given))
 
     def operations(self) -> tuple[int, int]:
         """About how many arithmetic operations forward and backward take."""
@@ -362,9 +375,10 @@ def preset(size: str) -> list[Case]:
     return [
         case("gru_gates", "imagined step", rows=ROWS, deter=w.deter),
         case("gru_gates", "whole trajectories", rows=IMAGINED, deter=w.deter),
-        case("sample_onehot", "imagined step", rows=ROWS, **latent),
+        case("sample_onehot", "imagined step", rows=ROWS, **latent, beside=w.deter),
         case("sample_onehot", "whole trajectories", rows=IMAGINED, **latent),
         case("layer_norm_act", "hidden layer, imagined step", rows=ROWS, columns=w.units),
+        case("layer_norm_act", "beside the state, imagined step", rows=ROWS, columns=w.units, beside=w.deter),
         case("layer_norm_act", "hidden layer, whole trajectories", rows=IMAGINED, columns=w.units),
         *(
             case("layer_norm_act", f"encoder map {i}", rows=pixels * ROWS, columns=channels)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastdreamer_kernels.cases import LEARNED, WRITTEN, Case, Inputs, adapted
+from fastdreamer_kernels.cases import WRITTEN, Case, Inputs, adapted, learned
 from fastdreamer_kernels.sample_onehot.reference import unimix_probs
 
 SLACK = 2.0
@@ -48,17 +48,17 @@ def run(operation: Callable[..., Any], case: Case, inputs: Inputs, seed: int = 1
 
     Gradients arrive as random numbers, the same for a seed.
     """
-    learned = LEARNED.get(case.operation, ())
     inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    leaves = [inputs[name].requires_grad_() for name in learned]
+    learns = learned(case.operation, inputs)
+    leaves = [inputs[name].requires_grad_() for name in learns]
     outs = tensors(adapted(case.operation, operation)(**inputs))
     results = {f"out{i}": out.detach() for i, out in enumerate(outs)}
-    if learned:
+    if learns:
         reached, generator = [out for out in outs if out.requires_grad], torch.Generator().manual_seed(seed)
         # Rounded to bf16, so that every dtype can hold them.
         grads = [torch.randn(out.shape, generator=generator).bfloat16().to(out) for out in reached]
         found = torch.autograd.grad(reached, leaves, grads, allow_unused=True, materialize_grads=True)
-        results |= {f"d{name}": grad for name, grad in zip(learned, found, strict=True)}
+        results |= {f"d{name}": grad for name, grad in zip(learns, found, strict=True)}
     written = {name: inputs[name] for name in WRITTEN.get(case.operation, ()) if inputs[name] is not None}
     return results | written
 
@@ -112,9 +112,11 @@ def rounding(dtype: torch.dtype) -> float:
 
 
 def decided(inputs: Inputs) -> Tensor:
-    """Which draws (...) no rounding can turn: the uniform keeps away from every edge between two classes."""
+    """Which draws (...) no rounding can turn: the uniform keeps away from every edge between two classes. Where a state
+    lies beside its draws, which states (N,) have none that it can turn."""
     edges = unimix_probs(inputs["logits"].double(), inputs["unimix"]).cumsum(-1)
-    return (edges - inputs["uniform"].double().unsqueeze(-1)).abs().amin(-1) > 1e-5
+    sure = (edges - inputs["uniform"].double().unsqueeze(-1)).abs().amin(-1) > 1e-5
+    return sure.all(-1) if "beside" in inputs else sure
 
 
 def failures(errors: dict[str, Errors]) -> Iterable[str]:

@@ -41,7 +41,9 @@ def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
     gru_gates, sample_onehot, twohot_loss = map(build, (plain.gru_gates, plain.sample_onehot, plain.twohot_loss))
 
     # Rows that lie in several axes would be compiled anew for each number of axes.
-    def sample_rows(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
+    def sample_rows(logits: Tensor, uniform: Tensor, unimix: float, beside: Tensor | None = None) -> Tensor:
+        if beside is not None:
+            return sample_onehot(logits, uniform, unimix, beside)
         return sample_onehot(_rows(logits), uniform.reshape(-1), unimix).view(logits.shape)
 
     def twohot_loss_rows(logits: Tensor, target: Tensor, low: float, high: float) -> Tensor:
@@ -57,7 +59,11 @@ def compiled(plain: Ops, notify: Notify, least: int = WORTH) -> Ops:
     if least == 0:
         layer_norm_act, twohot_mean = build(plain.layer_norm_act), build(plain.twohot_mean)
 
-        def layer_norm_rows(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        def layer_norm_rows(
+            x: Tensor, weight: Tensor, bias: Tensor, eps: float, beside: Tensor | None = None
+        ) -> Tensor:
+            if beside is not None:
+                return layer_norm_act(x, weight, bias, eps, beside)
             return layer_norm_act(_rows(x), weight, bias, eps).view(x.shape)
 
         def twohot_mean_rows(logits: Tensor, low: float, high: float) -> Tensor:

@@ -131,14 +131,22 @@ def programs(device: torch.device, work: int) -> int:
 
 
 def launch_rows(
-    kernel: Any, t: Tile, *tensors: Tensor, rows: int, columns: int, count: int | None = None, **constants: Any
+    kernel: Any,
+    t: Tile,
+    *tensors: Tensor,
+    rows: int,
+    columns: int,
+    sizes: Sequence[int] = (),
+    count: int | None = None,
+    **constants: Any,
 ) -> None:
     """Starts a kernel over the rows of a (rows, columns) matrix, a tile for each of `count` programs at a time.
 
-    Without a count there is a program for each tile. The kernel takes the tensors, rows and columns, and the constants.
+    Without a count there is a program for each tile. The kernel takes the tensors, rows, columns and further `sizes`,
+    and the constants.
     """
     grid = (cdiv(rows, t.rows) if count is None else count,)
-    launch(kernel, grid, *tensors, rows, columns, num_warps=t.warps, **t.constants, **constants)  # pyright: ignore[reportArgumentType]
+    launch(kernel, grid, *tensors, rows, columns, *sizes, num_warps=t.warps, **t.constants, **constants)  # pyright: ignore[reportArgumentType]
 
 
 def check_shapes(operation: str, **expected: tuple[Tensor, Sequence[int]]) -> None:

@@ -19,15 +19,17 @@ Choice = Literal["reference", "fused", "auto"]
 
 
 class GruGates(Protocol):
-    def __call__(self, pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...
+    def __call__(
+        self, pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class SampleOnehot(Protocol):
-    def __call__(self, logits: Tensor, uniform: Tensor, unimix: float) -> Tensor: ...
+    def __call__(self, logits: Tensor, uniform: Tensor, unimix: float, beside: Tensor | None = None) -> Tensor: ...
 
 
 class LayerNormAct(Protocol):
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor: ...
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float, beside: Tensor | None = None) -> Tensor: ...
 
 
 class BatchNormAct(Protocol):

@@ -393,7 +393,7 @@ def test_a_rolled_step_is_the_sequence_s_own() -> None:
     uniform = torch.rand(B, T, rssm.stoch, generator=torch.Generator().manual_seed(0))
     states, _, prior = rssm.observe(embed, batch["action"], batch["is_first"], uniform, batch_stats=True)
     start = State(states.deter[:, 2], states.stoch[:, 2])
-    deter = rssm.advance(start, batch["action"][:, 3])
+    deter, _ = rssm.advance(start, batch["action"][:, 3])
     torch.testing.assert_close(deter, states.deter[:, 3])
     torch.testing.assert_close(rssm.prior(deter), prior[:, 3])
 
@@ -428,7 +428,7 @@ def test_differences_are_the_jacobian_and_a_step_raises_the_weakest_direction() 
     inner = 0.9 * action
 
     def follow(a: Tensor) -> Tensor:
-        return rssm.advance(state, a).sum(0)
+        return rssm.advance(state, a)[0].sum(0)
 
     exact = torch.autograd.functional.jacobian(follow, inner).permute(1, 2, 0)  # (D, N, A) -> (N, A, D)
     assert ((found - exact).norm() / exact.norm()).item() < 1e-2

@@ -38,7 +38,9 @@ AWKWARD = [
     Case("gru_gates", "odd", {"rows": 131, "deter": 97}),
     Case("gru_gates", "wide", {"rows": 5, "deter": 2100}),
     Case("sample_onehot", "odd", {"rows": 700, "stoch": 3, "classes": 7}),
+    Case("sample_onehot", "beside a state", {"rows": 700, "stoch": 3, "classes": 7, "beside": 20}),
     Case("layer_norm_act", "odd", {"rows": 530, "columns": 37}),
+    Case("layer_norm_act", "beside another", {"rows": 530, "columns": 37, "beside": 41}),
     Case("batch_norm_act", "few rows", {"rows": 100, "columns": 21, "batch_stats": True}),
     Case("batch_norm_act", "many rows", {"rows": 530, "columns": 37, "batch_stats": True}),
     Case("batch_norm_act", "running", {"rows": 530, "columns": 37, "batch_stats": False}),
@@ -67,10 +69,11 @@ AWKWARD = [
 OTHERS = [
     Case("gru_gates", "one row", {"rows": 1, "deter": 1}),
     Case("sample_onehot", "one class", {"rows": 3, "stoch": 1, "classes": 1}),
-    Case("sample_onehot", "S", {"rows": 40, "stoch": 32, "classes": 32}),
+    Case("sample_onehot", "S", {"rows": 40, "stoch": 32, "classes": 32, "beside": 512}),
+    Case("sample_onehot", "fewer columns beside than categoricals", {"rows": 9, "stoch": 5, "classes": 2, "beside": 3}),
     Case("layer_norm_act", "one row", {"rows": 1, "columns": 3}),
     Case("layer_norm_act", "a map of 4 channels", {"rows": 5000, "columns": 4}),
-    Case("layer_norm_act", "S", {"rows": 130, "columns": 512}),
+    Case("layer_norm_act", "S", {"rows": 130, "columns": 512, "beside": 512}),
     Case("batch_norm_act", "one row", {"rows": 1, "columns": 3, "batch_stats": True}),
     Case("batch_norm_act", "as many rows as fit", {"rows": 256, "columns": 20, "batch_stats": True}),
     Case("batch_norm_act", "one more", {"rows": 257, "columns": 20, "batch_stats": True}),
@@ -127,7 +130,7 @@ RANGES = {
     "rows": (1, 70), "deter": (1, 70), "stoch": (1, 9), "classes": (2, 40), "columns": (2, 90), "bins": (2, 90),
     "steps": (1, 20), "ring": (1, 30), "batch": (1, 4), "length": (1, 5), "image": (0, 12), "vector": (0, 9),
     "action": (1, 9), "parameters": (1, 3000), "slow": (0, 1), "batch_stats": (0, 1), "last": (0, 1), "shift": (0, 1),
-    "embed": (1, 30), "units": (3, 30), "batch_norm": (0, 1), "narrow": (0, 1),
+    "embed": (1, 30), "units": (3, 30), "batch_norm": (0, 1), "narrow": (0, 1), "beside": (0, 70),
 }  # fmt: skip
 """Least and most of each size that a random shape may have."""
 
@@ -187,7 +190,7 @@ def test_a_norm_whose_parameters_want_no_gradient_sums_none(case: Case, fused: o
         for name, value in inputs.items():
             if isinstance(value, torch.Tensor):
                 value.requires_grad_(learned or name not in ("weight", "bias"))
-        out = operation(**inputs)
+        out, *_ = tensors(operation(**inputs))
         with Asked() as asked:
             out.square().sum().backward()
         found[learned] = {name: inputs[name].grad for name in inputs if name in ("x", "pre", "deter")}
@@ -516,10 +519,11 @@ def test_as_exact_as_the_reference_on_a_gpu(case: Case, dtype: torch.dtype, fuse
 @pytest.mark.parametrize("case", [case for case in GPU_CASES if case.label.startswith("S")], ids=name)
 def test_compiled_and_captured_with_fresh_inputs_on_a_gpu(case: Case, fused: ops.Ops) -> None:
     """A graph of the compiled operation, forward and backward, replayed on new numbers, equals a plain call on them."""
-    operation, learned = getattr(fused, case.operation), cases.LEARNED.get(case.operation, ())
+    operation = getattr(fused, case.operation)
     torch._dynamo.reset()
     traced = torch.compile(operation, fullgraph=True)
     static = case.inputs(torch.bfloat16, "cuda")
+    learned = cases.learned(case.operation, static)
 
     def load(seed: int) -> None:
         for key, value in case.inputs(torch.bfloat16, "cuda", seed).items():

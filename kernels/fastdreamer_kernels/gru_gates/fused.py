@@ -50,6 +50,15 @@ def gate_gradients(reset, cand, update, deter, dout):
     return dreset, dinner * opened, dupdate, dout * (1.0 - taken)
 
 
+@triton.jit
+def arriving(dout_ptr, dnarrow_ptr, at, inside, NARROW: tl.constexpr):
+    """The gradient of the new state: of the state as it is kept, and of its copy where there is one."""
+    dout = read(dout_ptr, at, inside)
+    if NARROW:
+        dout += read(dnarrow_ptr, at, inside)
+    return dout
+
+
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
     pre_ptr,
@@ -57,9 +66,11 @@ def forward_kernel(
     weight_ptr,
     bias_ptr,
     out_ptr,
+    narrow_ptr,
     rows,
     size,
     EPS: tl.constexpr,
+    NARROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -72,6 +83,8 @@ def forward_kernel(
     new, taken = tanh(tl.sigmoid(reset) * cand), tl.sigmoid(update - 1.0)
     out = taken * new + (1.0 - taken) * read(deter_ptr, at, inside)
     write(out_ptr, at, out, inside)
+    if NARROW:
+        write(narrow_ptr, at, out, inside)
 
 
 @triton.jit
@@ -83,7 +96,9 @@ def store_sums(ptr, size, there, reset, cand, update, ROWS: tl.constexpr, COLUMN
 
 
 @triton.jit
-def piece(pre_ptr, deter_ptr, weight_ptr, bias_ptr, dout_ptr, at, inside, size, mean, rstd):
+def piece(
+    pre_ptr, deter_ptr, weight_ptr, bias_ptr, dout_ptr, dnarrow_ptr, at, inside, size, mean, rstd, NARROW: tl.constexpr
+):
     """Columns `at` of one row: the normalised gates, their gradients and that of the state before."""
     reset = (read(pre_ptr, at, inside) - mean) * rstd
     cand = (read(pre_ptr, at + size, inside) - mean) * rstd
@@ -96,7 +111,7 @@ def piece(pre_ptr, deter_ptr, weight_ptr, bias_ptr, dout_ptr, at, inside, size, 
         cand * weight_cand + read(bias_ptr, at + size, inside),
         update * weight_update + read(bias_ptr, at + 2 * size, inside),
         read(deter_ptr, at, inside),
-        read(dout_ptr, at, inside),
+        arriving(dout_ptr, dnarrow_ptr, at, inside, NARROW),
     )
     return reset, cand, update, dreset * weight_reset, dcand * weight_cand, dupdate * weight_update, ddeter
 
@@ -108,12 +123,14 @@ def backward_kernel(
     weight_ptr,
     bias_ptr,
     dout_ptr,
+    dnarrow_ptr,
     dpre_ptr,
     ddeter_ptr,
     partial_ptr,
     rows,
     size,
     EPS: tl.constexpr,
+    NARROW: tl.constexpr,
     LEARNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -134,8 +151,9 @@ def backward_kernel(
         scaled_reset = scaled(reset, weight_ptr, bias_ptr, column, there)
         scaled_cand = scaled(cand, weight_ptr, bias_ptr, size + column, there)
         scaled_update = scaled(update, weight_ptr, bias_ptr, 2 * size + column, there)
+        dout = arriving(dout_ptr, dnarrow_ptr, at, inside, NARROW)
         dreset, dcand, dupdate, ddeter = gate_gradients(
-            scaled_reset, scaled_cand, scaled_update, read(deter_ptr, at, inside), read(dout_ptr, at, inside)
+            scaled_reset, scaled_cand, scaled_update, read(deter_ptr, at, inside), dout
         )
         write(ddeter_ptr, at, ddeter, inside)
         if LEARNED:
@@ -168,11 +186,13 @@ def wide_backward_kernel(
     weight_ptr,
     bias_ptr,
     dout_ptr,
+    dnarrow_ptr,
     dpre_ptr,
     ddeter_ptr,
     stats_ptr,
     size,
     EPS: tl.constexpr,
+    NARROW: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """dpre and ddeter of one row that is too wide for registers: it is read, out of the cache, four times in pieces.
@@ -185,6 +205,7 @@ def wide_backward_kernel(
     dpre_ptr += row * 3 * size
     deter_ptr += row * size
     dout_ptr += row * size
+    dnarrow_ptr += row * size
     ddeter_ptr += row * size
     total = tl.zeros([COLUMNS], tl.float32)
     for start in range(0, 3 * size, COLUMNS):
@@ -204,7 +225,7 @@ def wide_backward_kernel(
         at = start + tl.arange(0, COLUMNS)
         inside = at < size
         reset, cand, update, dreset, dcand, dupdate, ddeter = piece(
-            pre_ptr, deter_ptr, weight_ptr, bias_ptr, dout_ptr, at, inside, size, mean, rstd
+            pre_ptr, deter_ptr, weight_ptr, bias_ptr, dout_ptr, dnarrow_ptr, at, inside, size, mean, rstd, NARROW
         )
         write(ddeter_ptr, at, ddeter, inside)
         # Outside dout is zero, and so is all that follows from it.
@@ -215,7 +236,7 @@ def wide_backward_kernel(
         at = start + tl.arange(0, COLUMNS)
         inside = at < size
         reset, cand, update, dreset, dcand, dupdate, _ = piece(
-            pre_ptr, deter_ptr, weight_ptr, bias_ptr, dout_ptr, at, inside, size, mean, rstd
+            pre_ptr, deter_ptr, weight_ptr, bias_ptr, dout_ptr, dnarrow_ptr, at, inside, size, mean, rstd, NARROW
         )
         write(dpre_ptr, at, (dreset - shift - reset * slope) * rstd, inside)
         write(dpre_ptr, at + size, (dcand - shift - cand * slope) * rstd, inside)
@@ -229,10 +250,12 @@ def sums_kernel(
     weight_ptr,
     bias_ptr,
     dout_ptr,
+    dnarrow_ptr,
     stats_ptr,
     partial_ptr,
     rows,
     size,
+    NARROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -260,8 +283,9 @@ def sums_kernel(
         scaled_update = scaled(update, weight_ptr, bias_ptr, 2 * size + column, there)
         at = row[:, None] * size + column[None, :]
         # Outside dout is zero, and so is all that follows from it.
+        dout = arriving(dout_ptr, dnarrow_ptr, at, inside, NARROW)
         dreset, dcand, dupdate, _ = gate_gradients(
-            scaled_reset, scaled_cand, scaled_update, read(deter_ptr, at, inside), read(dout_ptr, at, inside)
+            scaled_reset, scaled_cand, scaled_update, read(deter_ptr, at, inside), dout
         )
         dweight_reset += dreset * reset
         dweight_cand += dcand * cand
@@ -275,34 +299,42 @@ def sums_kernel(
 
 
 @torch.library.custom_op("fastdreamer::gru_gates", mutates_args=())
-def forward(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    out = torch.empty_like(deter)
+def forward(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The state as deter, and as pre where that is another dtype; else (0, D)."""
+    out, narrow = _new(pre, deter)
     rows, size = deter.shape
     t = tile(size, elements=1024, per_thread=8)
-    launch_rows(forward_kernel, t, pre, deter, weight, bias, out, rows=rows, columns=size, EPS=eps)
-    return out
+    launch_rows(
+        forward_kernel, t, pre, deter, weight, bias, out, narrow,
+        rows=rows, columns=size, EPS=eps, NARROW=len(narrow) > 0,
+    )  # fmt: skip
+    return out, narrow
+
+
+def _new(pre: Tensor, deter: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(deter), pre.new_empty(0 if pre.dtype == deter.dtype else len(deter), deter.shape[1])
 
 
 @forward.register_fake
-def _(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(deter)
+def _(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _new(pre, deter)
 
 
 @torch.library.custom_op("fastdreamer::gru_gates_backward", mutates_args=())
 def backward(
-    pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, learned: bool
+    pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, dnarrow: Tensor, eps: float, learned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dpre as pre, ddeter as deter, and dweight over dbias, (2, 3D) fp32; (0, 3D) where they are not `learned`."""
     dpre, ddeter = torch.empty_like(pre), torch.empty_like(deter)
     rows, size = deter.shape
-    tensors = (pre, deter, weight, bias, dout)
+    tensors, narrow = (pre, deter, weight, bias, dout, dnarrow), len(dnarrow) > 0
     if size <= MOST_SUMMED:
         t = tile(size, elements=512, per_thread=4)
         count = programs(pre.device, cdiv(rows, t.rows))
         partial = pre.new_empty(count if learned else 0, 6, size, dtype=torch.float32)
         launch_rows(
             backward_kernel, t, *tensors, dpre, ddeter, partial,
-            rows=rows, columns=size, count=count, EPS=eps, LEARNED=learned,
+            rows=rows, columns=size, count=count, EPS=eps, NARROW=narrow, LEARNED=learned,
         )  # fmt: skip
     else:
         count = programs(pre.device, cdiv(rows, 4))
@@ -314,6 +346,7 @@ def backward(
             *(*tensors, dpre, ddeter, stats, size),
             num_warps=4,
             EPS=eps,
+            NARROW=narrow,
             COLUMNS=1024,
         )
         if learned:
@@ -322,6 +355,7 @@ def backward(
                 (count, cdiv(size, 128)),
                 *(*tensors, stats, partial, rows, size),
                 num_warps=4,
+                NARROW=narrow,
                 ROWS=4,
                 COLUMNS=128,
             )
@@ -330,28 +364,28 @@ def backward(
 
 @backward.register_fake
 def _(
-    pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, learned: bool
+    pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, dnarrow: Tensor, eps: float, learned: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     sums = pre.new_empty(2 if learned else 0, pre.shape[-1], dtype=torch.float32)
     return torch.empty_like(pre), torch.empty_like(deter), sums
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor, dnarrow: Tensor) -> tuple[Tensor | None, ...]:
     pre, deter, weight, bias = ctx.saved_tensors
     learned = any(ctx.needs_input_grad[2:4])
-    dpre, ddeter, sums = backward(pre, deter, weight, bias, dout.contiguous(), ctx.eps, learned)
+    dpre, ddeter, sums = backward(pre, deter, weight, bias, dout.contiguous(), dnarrow.contiguous(), ctx.eps, learned)
     return dpre, ddeter, *((sums[0].to(weight.dtype), sums[1].to(bias.dtype)) if learned else (None, None)), None
 
 
 forward.register_autograd(_backward, setup_context=_setup)
 
 
-def gru_gates(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def gru_gates(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """As `reference.gru_gates`, in float32 or bfloat16 on CUDA, all contiguous.
 
     Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
@@ -360,4 +394,5 @@ def gru_gates(pre: Tensor, deter: Tensor, weight: Tensor, bias: Tensor, eps: flo
     rows, size = deter.shape
     gates = (3 * size,)
     check_shapes("gru_gates", pre=(pre, (rows, *gates)), weight=(weight, gates), bias=(bias, gates))
-    return forward(pre, deter, weight, bias, eps)
+    state, narrow = forward(pre, deter, weight, bias, eps)
+    return state, state if pre.dtype == deter.dtype else narrow

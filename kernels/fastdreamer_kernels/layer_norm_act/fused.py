@@ -14,16 +14,31 @@ from fastdreamer_kernels.machine import cdiv
 
 @triton.jit(do_not_specialize=["rows"])
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, out_ptr, rows, columns, EPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    beside_ptr,
+    out_ptr,
+    rows,
+    columns,
+    size,
+    EPS: tl.constexpr,
+    BESIDE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
+    """Rows of `out` are columns + size wide; `beside` has the last `size` of them (BESIDE: no fewer, or 0 for none)."""
     after_others()
-    _, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
+    row, column, at, inside = place(tl.program_id(0) * ROWS, rows, columns, ROWS, COLUMNS)
     x = read(x_ptr, at, inside)
     weight = read(weight_ptr, column, column < columns)
     bias = read(bias_ptr, column, column < columns)
     normal, _ = normalise(x, inside, columns, EPS)
     out = silu(normal * weight[None, :] + bias[None, :])
-    write(out_ptr, at, out, inside)
+    write(out_ptr, at + row[:, None] * size, out, inside)
+    if BESIDE > 0:
+        _, _, at, inside = place(tl.program_id(0) * ROWS, rows, size, ROWS, BESIDE)
+        write(out_ptr, at + (row[:, None] + 1) * columns, read(beside_ptr, at, inside), inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,12 +51,16 @@ def backward_kernel(
     partial_ptr,
     rows,
     columns,
+    size,
     EPS: tl.constexpr,
     LEARNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """dx, and if LEARNED each program's own sums of dweight and dbias: partial (programs, 2, columns) fp32."""
+    """dx, and if LEARNED each program's own sums of dweight and dbias: partial (programs, 2, columns) fp32.
+
+    Of rows of dout, columns + size wide, the first ones are read.
+    """
     after_others()
     column = tl.arange(0, COLUMNS)
     weight = read(weight_ptr, column, column < columns)
@@ -50,9 +69,9 @@ def backward_kernel(
     dweight = tl.zeros([ROWS, COLUMNS], tl.float32)
     dbias = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        _, _, at, inside = place(start, rows, columns, ROWS, COLUMNS)
+        row, _, at, inside = place(start, rows, columns, ROWS, COLUMNS)
         x = read(x_ptr, at, inside)
-        dout = read(dout_ptr, at, inside)
+        dout = read(dout_ptr, at + row[:, None] * size, inside)
         normal, rstd = normalise(x, inside, columns, EPS)
         dscaled = dout * silu_slope(normal * weight[None, :] + bias[None, :])
         if LEARNED:
@@ -70,22 +89,26 @@ def backward_kernel(
 
 
 @torch.library.custom_op("fastdreamer::layer_norm_act", mutates_args=())
-def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    out = torch.empty_like(x)
-    columns = x.shape[-1]
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, beside: Tensor | None) -> Tensor:
+    columns, size = x.shape[-1], 0 if beside is None else beside.shape[-1]
+    out = x.new_empty(*x.shape[:-1], columns + size)
     rows, t = x.numel() // columns, tile(columns, elements=2048, per_thread=16)
-    launch_rows(forward_kernel, t, x, weight, bias, out, rows=rows, columns=columns, EPS=eps)
+    launch_rows(
+        forward_kernel, t, x, weight, bias, x if beside is None else beside, out,
+        rows=rows, columns=columns, sizes=(size,), EPS=eps, BESIDE=triton.next_power_of_2(size) if size else 0,
+    )  # fmt: skip
     return out
 
 
 @forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float, beside: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], x.shape[-1] + (0 if beside is None else beside.shape[-1]))
 
 
 @torch.library.custom_op("fastdreamer::layer_norm_act_backward", mutates_args=())
 def backward(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, learned: bool) -> tuple[Tensor, Tensor]:
-    """dx as x, and dweight over dbias, (2, C) fp32; (0, C) where they are not `learned`."""
+    """dx as x, and dweight over dbias, (2, C) fp32; (0, C) where they are not `learned`. What lies beside the norm in
+    `dout` (..., C + D) is left to the caller."""
     dx = torch.empty_like(x)
     columns = x.shape[-1]
     rows, t = x.numel() // columns, tile(columns, elements=1024, per_thread=8)
@@ -93,7 +116,7 @@ def backward(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, 
     partial = x.new_empty(count if learned else 0, 2, columns, dtype=torch.float32)
     launch_rows(
         backward_kernel, t, x, weight, bias, dout, dx, partial,
-        rows=rows, columns=columns, count=count, EPS=eps, LEARNED=learned,
+        rows=rows, columns=columns, sizes=(dout.shape[-1] - columns,), count=count, EPS=eps, LEARNED=learned,
     )  # fmt: skip
     return dx, partial.sum(0) if learned else partial.view(0, columns)
 
@@ -104,7 +127,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, dout: Tensor, eps: float, learned
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.eps = inputs
+    *tensors, ctx.eps, beside = inputs
+    ctx.beside = None if beside is None else beside.dtype
     ctx.save_for_backward(*tensors)
 
 
@@ -112,17 +136,21 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias = ctx.saved_tensors
     learned = any(ctx.needs_input_grad[1:3])
     dx, sums = backward(x, weight, bias, dout.contiguous(), ctx.eps, learned)
-    return dx, *((sums[0].to(weight.dtype), sums[1].to(bias.dtype)) if learned else (None, None)), None
+    dweight, dbias = (sums[0].to(weight.dtype), sums[1].to(bias.dtype)) if learned else (None, None)
+    return dx, dweight, dbias, None, None if ctx.beside is None else dout[..., x.shape[-1] :].to(ctx.beside)
 
 
 forward.register_autograd(_backward, setup_context=_setup)
 
 
-def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """As `reference.layer_norm_act`, in float32 or bfloat16 on CUDA; x, weight and bias contiguous.
+def layer_norm_act(x: Tensor, weight: Tensor, bias: Tensor, eps: float, beside: Tensor | None = None) -> Tensor:
+    """As `reference.layer_norm_act`, in float32 or bfloat16 on CUDA; all contiguous.
 
     Raises TypeError for another dtype, ValueError for a tensor that is not contiguous or on another device.
     """
-    check("layer_norm_act", {"x": x, "weight": weight, "bias": bias})
+    joined = {} if beside is None else {"beside": beside}
+    check("layer_norm_act", {"x": x, "weight": weight, "bias": bias} | joined)
     check_shapes("layer_norm_act", weight=(weight, x.shape[-1:]), bias=(bias, x.shape[-1:]))
-    return forward(x, weight, bias, eps)
+    if beside is not None:
+        check_shapes("layer_norm_act", beside=(beside, (*x.shape[:-1], beside.shape[-1])))
+    return forward(x, weight, bias, eps, beside)

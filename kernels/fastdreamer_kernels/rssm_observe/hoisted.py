@@ -99,7 +99,7 @@ def rssm_observe(
         z = torch.where(fresh[:, None, None], stoch, z)
         # Sequence model
         pre = layer_norm_act(inp(z.flatten(1)) + a, w.inp_scale, w.inp_shift, eps)
-        h = gru_gates(gates(torch.cat([pre, h.to(dtype)], -1)), h, w.gates_scale, w.gates_shift, eps)
+        h, _ = gru_gates(gates(torch.cat([pre, h.to(dtype)], -1)), h, w.gates_scale, w.gates_shift, eps)
         # Representation network
         pre = representation_norm(hidden(h.to(dtype)) + x, w, running, batch_stats=batch_stats, eps=eps)
         logits = (out(pre) + out_bias).view(-1, *stoch.shape)

@@ -118,7 +118,7 @@ def observe_step(
     # Sequence model
     pre = F.linear(torch.cat([z.flatten(1), a], -1), weights.inp.to(dtype))
     pre = torch.cat([layer_norm_act(pre, weights.inp_scale, weights.inp_shift, eps), h.to(dtype)], -1)
-    h = gru_gates(F.linear(pre, weights.gates.to(dtype)), h, weights.gates_scale, weights.gates_shift, eps)
+    h, _ = gru_gates(F.linear(pre, weights.gates.to(dtype)), h, weights.gates_scale, weights.gates_shift, eps)
     # Representation network
     pre = F.linear(torch.cat([h.to(dtype), x], -1), weights.hidden.to(dtype))
     hidden = representation_norm(pre, weights, running, batch_stats=batch_stats, eps=eps)

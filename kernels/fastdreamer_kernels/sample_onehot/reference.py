@@ -13,8 +13,11 @@ def unimix_probs(logits: Tensor, unimix: float) -> Tensor:
     return (1 - unimix) * torch.softmax(wide, -1) + unimix / logits.shape[-1]
 
 
-def sample_onehot(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
+def sample_onehot(logits: Tensor, uniform: Tensor, unimix: float, beside: Tensor | None = None) -> Tensor:
     """Draws one-hot vectors (..., K) from logits (..., K) by inverting the distribution function at `uniform` (...).
+
+    With `beside` (N, D) of any dtype, and logits (N, S, K), the result is (N, D + S*K), as a product takes both:
+    [beside, sample].
 
     `uniform` lies in [0, 1) and is drawn by the caller, so that two implementations can be compared draw by draw.
     Straight-through: the gradient of the sample is that of the unimixed probabilities. The result has the logits'
@@ -27,4 +30,5 @@ def sample_onehot(logits: Tensor, uniform: Tensor, unimix: float) -> Tensor:
         index = below.sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
         onehot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
     # (probs - sg(probs)) first: it is exactly zero, so the sample stays exactly one-hot.
-    return (onehot + (probs - probs.detach())).to(logits.dtype)
+    drawn = (onehot + (probs - probs.detach())).to(logits.dtype)
+    return drawn if beside is None else torch.cat([beside.to(logits.dtype), drawn.flatten(1)], -1)
