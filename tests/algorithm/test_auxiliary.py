@@ -1,5 +1,6 @@
 """Losses beside the objectives': what each reaches, what it rewards, and its formula by hand."""
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from fastdreamer_kernels import ops
 from torch import Tensor, nn
 
-from fastdreamer.algorithm.agent import Agent
+from fastdreamer.algorithm.agent import Agent, UpdateNoise
 from fastdreamer.algorithm.auxiliary import (
     Contrast,
     Controllability,
@@ -25,6 +26,7 @@ from fastdreamer.algorithm.auxiliary import (
     unbroken,
 )
 from fastdreamer.algorithm.rssm import State
+from fastdreamer.algorithm.world_model import ModelLoss
 from fastdreamer.config import Config, defaults
 from fastdreamer.envs.base import Spaces
 
@@ -135,16 +137,26 @@ def test_without_weights_nothing_is_built_or_drawn() -> None:
     assert torch.equal(one.imagination.action, other.imagination.action)
 
 
+ALL: dict[str, Any] = dict.fromkeys(LOSSES, 0.1) | {"contrast_steps": 2}
+VIEWS: dict[str, Any] = {"prototypes": 1.0, "views": 2, "prototypes_freeze": 1}
+
+
+def model_loss(agent: Agent, batch: dict[str, Tensor], noise: UpdateNoise) -> ModelLoss:
+    if agent.config.aux.views == 2:
+        batch = two_views(batch, noise.extra["views"], agent.config.aux.view_shift)
+    return agent.world_model.loss(batch, noise.posterior, agent.value_teacher, noise.extra)
+
+
 @pytest.mark.parametrize(
-    "spaces",
+    ("spaces", "losses"),
     [
-        pytest.param(CONTINUOUS, id="continuous"),
-        pytest.param(DISCRETE, id="discrete", marks=pytest.mark.thorough),
+        pytest.param(CONTINUOUS, ALL, id="continuous"),
+        pytest.param(PIXELS, VIEWS, id="prototypes"),
+        pytest.param(DISCRETE, ALL, id="discrete", marks=pytest.mark.thorough),
     ],
 )
-def test_all_of_them_are_one_graph(spaces: Spaces) -> None:
-    weights: dict[str, Any] = dict.fromkeys(LOSSES, 0.1)
-    agent, batch = make_agent(spaces, **weights, contrast_steps=2), make_batch(spaces)
+def test_all_of_them_are_one_graph(spaces: Spaces, losses: dict[str, Any]) -> None:
+    agent, batch = make_agent(spaces, **losses), make_batch(spaces)
     noise = agent.draw_update_noise(torch.Generator().manual_seed(2))
     found: list[int] = []
 
@@ -153,11 +165,58 @@ def test_all_of_them_are_one_graph(spaces: Spaces) -> None:
         return graph
 
     torch._dynamo.reset()
-    loss = torch.compile(agent.world_model.loss, fullgraph=True, dynamic=False, backend=backend)
-    own = agent.world_model.loss(batch, noise.posterior, agent.value_teacher, noise.extra)
-    traced = loss(batch, noise.posterior, agent.value_teacher, noise.extra)
+    own = model_loss(agent, batch, noise)
+    traced = torch.compile(model_loss, fullgraph=True, dynamic=False, backend=backend)(agent, batch, noise)
     assert len(found) == 1
     torch.testing.assert_close(traced.total, own.total)
+
+
+@pytest.mark.parametrize(("spaces", "losses"), [(CONTINUOUS, ALL), (PIXELS, VIEWS)], ids=["all others", "prototypes"])
+def test_an_agent_taken_up_again_goes_on_as_if_never_stopped(spaces: Spaces, losses: dict[str, Any]) -> None:
+    batch, generator = make_batch(spaces), torch.Generator().manual_seed(2)
+    agent, other = (make_agent(spaces, **losses) for _ in range(2))
+    ran = [agent.draw_update_noise(generator) for _ in range(3)]
+    optimizers, others = agent.make_optimizers(), other.make_optimizers()
+    for noise in ran[:2]:
+        agent.update(batch, noise, optimizers)
+    others.load_weights(other, copy.deepcopy(optimizers.weights(agent)))
+    for one, two in zip(optimizers, others, strict=True):
+        two.load(copy.deepcopy(one.state()))
+    metrics, again = agent.update(batch, ran[2], optimizers), other.update(batch, ran[2], others)
+    for name, value in metrics.items():
+        assert torch.equal(value, again[name]), name
+    for name, value in agent.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize(("spaces", "losses"), [(CONTINUOUS, ALL), (PIXELS, VIEWS)], ids=["all others", "prototypes"])
+def test_in_the_precision_of_a_gpu_losses_are_about_the_same(spaces: Spaces, losses: dict[str, Any]) -> None:
+    agent, batch = make_agent(spaces, **losses), make_batch(spaces)
+    noise = agent.draw_update_noise(torch.Generator().manual_seed(2))
+    own = model_loss(agent, batch, noise).parts
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model_loss(agent, batch, noise)
+    rounded.total.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in agent.world_model.parameters())
+    for name in losses.keys() & own.keys():
+        # A rounded logit draws another class now and then.
+        torch.testing.assert_close(rounded.parts[name].float(), own[name], rtol=0.1, atol=0.02, msg=name)
+
+
+@pytest.mark.interpreter
+def test_fused_operations_give_the_same_losses() -> None:
+    agent, batch = make_agent(**ALL), make_batch()
+    fused = Agent(CONTINUOUS, agent.config, ops.load("fused"))
+    fused.load_state_dict(agent.state_dict())
+    noise = agent.draw_update_noise(torch.Generator().manual_seed(2))
+    own, found = (model_loss(each, batch, noise) for each in (agent, fused))
+    for name, part in own.parts.items():
+        torch.testing.assert_close(found.parts[name], part, rtol=1e-4, atol=1e-5, msg=name)
+    for each in own, found:
+        each.total.backward()
+    for (name, one), two in zip(agent.world_model.named_parameters(), fused.world_model.parameters(), strict=True):
+        if one.grad is not None:
+            torch.testing.assert_close(two.grad, one.grad, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_unbroken() -> None:
