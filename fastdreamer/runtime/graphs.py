@@ -204,7 +204,10 @@ class Runtime:
         config.trace_autograd_ops = True  # pyright: ignore[reportAttributeAccessIssue]
         # Before, Inductor's reordering of loops fails on gradients of decoders and of small networks.
         version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-        options = FEWER_LAUNCHES | ({"loop_ordering_after_fusion": False} if version < (2, 13) else {})
+        options = dict(FEWER_LAUNCHES)
+        if version < (2, 13):
+            options["loop_ordering_after_fusion"] = False
+            _introduce_operators()
         if EARLY:
             options["triton.enable_pdl"] = True
         return {
@@ -248,6 +251,25 @@ def _forgetting_casts(adam_step: Callable[..., Tensor]) -> Callable[..., Tensor]
         return norm
 
     return step
+
+
+def _introduce_operators() -> None:
+    """Tells Inductor of our operators what it would find out by itself: that it is to call them as they are.
+
+    Before PyTorch 2.13 it then writes, if only for a log that nobody keeps, what each argument was made of, and what
+    that was made of: of joined imagined steps a text without an end that anybody waits for.
+    """
+    from torch._inductor import lowering
+    from torch._library.utils import get_layout_constraint_tag
+
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, operator = name.partition("::")
+        if namespace == "fastdreamer":
+            overload = getattr(torch.ops.fastdreamer, operator).default
+            if overload not in lowering.lowerings:
+                tag = get_layout_constraint_tag(overload, with_default=True)
+                constraint = lowering.tag_to_layout_constraint(tag)
+                lowering.make_fallback(overload, layout_constraint=constraint, warn=False)
 
 
 class _Fallback:
