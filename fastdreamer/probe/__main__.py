@@ -58,6 +58,8 @@ LEAST = 5
 FEW = 10
 """Rows for each feature of s_t below which a probe is told to have too few."""
 INTERRUPTED = "interrupted; what was probed so far lies in its run"
+FEW_ACTIONS = 1000
+"""Rows of the coin below which the bound on what they tell is far too low."""
 USAGE = "python -m fastdreamer.probe RUN [RUN ...] [--option value ...]"
 EXAMPLES = (
     "python -m fastdreamer.probe runs/<run>",
@@ -137,26 +139,32 @@ def run_command(command: Command) -> None:
         )
         return found, split_episodes(found.episode, found.source, command.seed)
 
-    episodes, split = played(told="state" in words)
+    # Without words that want the first set, it would be played for nothing.
+    plain = played(told="state" in words) if words != ["mi"] or command.picture else None
     by_coin = played(coin=True) if "mi" in words else None
     results = []
     pictures: list[tuple[str, np.ndarray]] = []
     for run, (agent, frames) in zip(runs, loaded, strict=True):
         _say(f"probing {run}")
         result = {"task": config.task, "frames": frames, "background": config.env.shown_in_evaluation}
-        found, drawn = probe_run(run, agent, episodes, split, words, command.seed, device)
-        result |= found
+        drawn = []
+        if plain is not None:
+            found, drawn = probe_run(run, agent, *plain, words, command.seed, device)
+            result |= found | {"episodes": _described(*plain, command.runs)}
         if by_coin is not None:
             result["mi"] = probe_actions(agent, *by_coin, command.seed, device)
         # The true frames are the same ones.
         pictures += drawn[:1] if not pictures else []
         pictures += [(f"{title}, {run.name}", each) for title, each in drawn[1:]]
-        result |= {"episodes": _described(episodes, split, command.runs), "seed": command.seed}
+        result["seed"] = command.seed
         results.append(result)
         _write(run, result)
-    print(_counted(config.task, results[0]["episodes"]) + "\n")
-    if split.fit.sum() < FEW * loaded[0][0].world_model.rssm.features:
-        _say(f"{split.fit.sum():,} rows to fit on are few for so many features: take more by --episodes")
+    if plain is not None:
+        print(_counted(config.task, results[0]["episodes"]) + "\n")
+        if (rows := plain[1].fit.sum()) < FEW * loaded[0][0].world_model.rssm.features:
+            _say(f"{rows:,} rows to fit on are few for so many features: take more by --episodes")
+    if by_coin is not None and results[0]["mi"].get("fit", 0) < FEW_ACTIONS:
+        _say("actions by the coin are few to learn from, so that their bound will be low: take more by --episodes")
     for title, header, rows in tables(list(command.runs), results):
         _print(title, header, rows)
     if command.picture is not None:
@@ -215,7 +223,7 @@ def probe_run(
         except BadInput as error:
             # Another user's run can be probed, too.
             _say(str(error))
-    elif truth:
+    elif truth and "rollout" in words:
         # Flags leave no map to follow.
         mapped = {name: values for name, values in truth.items() if values.dtype != bool}
         maps = linear.probe(features["s"], mapped, split).maps
@@ -260,7 +268,11 @@ def tables(names: list[str], results: Sequence[dict[str, Any]]) -> list[Table]:
     if first.get("mi"):
         told = [result["mi"] for result in results]
         rows = [
-            [run, f"{_number(mi['nats'])} ({_number(mi['low'])}, {_number(mi['high'])})", _number(mi["without"])]
+            [
+                run,
+                f"{_number(mi['nats'])} ({_number(mi.get('low'))}, {_number(mi.get('high'))})",
+                _number(mi["without"]),
+            ]
             for run, mi in zip(names, told, strict=True)
         ]
         told_of = f"{told[0]['rows']:.0f} rows where a coin chose the action"
@@ -352,7 +364,7 @@ def _write(run: Path, result: dict[str, Any]) -> None:
         before = json.loads((run / "probe.json").read_text())
     except (OSError, ValueError):
         before = None
-    if isinstance(before, dict) and all(before.get(name) == result[name] for name in IDENTITY):
+    if isinstance(before, dict) and all(before[n] == result[n] for n in IDENTITY if n in before and n in result):
         result = before | result
     try:
         if "features" not in result:

@@ -26,6 +26,8 @@ BATCH, RATE, DECAY = 256, 3e-4, 1e-2
 EPOCHS, PATIENCE = 200, 10
 """At the most, and so many without a better score on the choosing side."""
 RESAMPLES = 2000
+LEAST = 5
+"""Episodes to draw from: of fewer nothing is said about how far a mean may be off."""
 INTERVAL = (2.5, 97.5)
 """Percentiles of the bootstrap over test episodes."""
 
@@ -36,9 +38,9 @@ def mutual_information(
     """The bound from x_t (R, E), s_t (R, F) and the action (R, A) that led to each row, of whole episodes in order.
 
     `coin` bool (R,) says which actions were drawn uniformly; those rows alone fit, choose and score. Gives `nats` with
-    `low` and `high` (95 %, over test episodes), `without`, which is the same bound from s_{t-1} alone and must be 0
-    within error, `ceiling`, and the `rows` that were scored. A bound below 0 is given as it is. Empty where a side has
-    no row.
+    `low` and `high` (95 %, over test episodes, where there are some), `without`, which is the same bound from s_{t-1}
+    alone and must be 0 within error, `ceiling`, and the `rows` that were `fit` and scored. A bound below 0 is given as
+    it is. Empty where a side has no row.
     """
     device = embed.device
     rows = {name: np.flatnonzero(coin & getattr(split, name)) for name in ("fit", "choose", "test")}
@@ -54,15 +56,11 @@ def mutual_information(
     # (R of the test side,)
     nats, without = (ceiling + log_likelihood(given, told, count, seed) for given in (both, alone))
     episode = split.episode[rows["test"]]
-    low, high = interval(nats.cpu().numpy(), episode, seed)
-    return {
-        "nats": float(nats.mean()),
-        "low": low,
-        "high": high,
-        "without": float(without.mean()),
-        "ceiling": ceiling,
-        "rows": float(len(episode)),
-    }
+    found = {"nats": float(nats.mean()), "without": float(without.mean()), "ceiling": ceiling}
+    found |= {"rows": float(len(episode)), "fit": float(len(rows["fit"]))}
+    if len(np.unique(episode)) >= LEAST:
+        found["low"], found["high"] = interval(nats.cpu().numpy(), episode, seed)
+    return found
 
 
 def chosen(action: np.ndarray, discrete: bool) -> np.ndarray:

@@ -85,9 +85,12 @@ def _runs(groups: Groups) -> Table:
 
 
 def _rewarded(run: Run) -> str:
-    """Frames until the end of the episode that was the tenth to pay anything: a sparse task's zero is either no
+    """Frames until the end of the episode that was the tenth to pay a whole reward: a sparse task's zero is either no
     discovery or no learning."""
-    ends = run.episodes.frames[run.episodes.values > 0]
+    if run.config.task.removeprefix("dmc/") not in SPARSE:
+        return "-"
+    # Some of these rewards are smooth, and never quite nothing.
+    ends = run.episodes.frames[run.episodes.values >= 1]
     return f"{ends[REWARDED - 1]:,.0f}" if len(ends) >= REWARDED else f"- ({len(ends)})"
 
 

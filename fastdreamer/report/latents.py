@@ -1,6 +1,7 @@
 """What probes found of runs, beside each other: `probe.json` of each as a row."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ class Probe:
     """What was behind the frames that were probed: `noise`, a folder of videos, or nothing."""
     at: int | None
     """Frames that the probed agent had trained for, where the run's last are others: it may have trained on since."""
-    together: object
+    together: str
     """The episodes that it was probed in, as recorded: what was found in others is not to be compared."""
 
 
@@ -71,12 +72,23 @@ def latents(groups: Iterable[tuple[str, str, Sequence[Run]]]) -> tuple[list[Tabl
             "No mean of probes over seeds where one was probed at other frames than its row's, or two before different "
             "backgrounds: probe them together, by python -m fastdreamer.probe."
         )
-    if len({json.dumps(probe.together, sort_keys=True) for probe in probes.values()}) > 1:
+    if any(len(sets) > 1 for sets in _sets(groups, probes).values()):
         notes.append(
-            "Not all runs were probed in the same episodes, so their latents compare by and large only: probe them "
-            "together."
+            "Not all runs of a task were probed in the same episodes, so their latents compare by and large only: "
+            "probe them together."
         )
     return [Table("latents", ["task", "method", "seed", "frames", *shown], rows)], notes
+
+
+def _sets(groups: Sequence[tuple[str, str, Sequence[Run]]], probes: Mapping[Path, Probe]) -> dict[str, set[str]]:
+    """By task, the sets of episodes that its runs were probed in; those before other backgrounds are other tasks."""
+    found: dict[str, set[str]] = {}
+    for task, _, seeds in groups:
+        for run in seeds:
+            if run.path in probes:
+                probe = probes[run.path]
+                found.setdefault(f"{task} {probe.background}", set()).add(probe.together)
+    return found
 
 
 def _alike(probes: Sequence[Probe]) -> bool:
@@ -111,7 +123,7 @@ def read_probe(run: Run) -> Probe | None:
             {name: float(score) for name, score in found.items() if score is not None},
             None if background is None else str(background),
             None if frames == run.frames else frames,
-            record.get("episodes"),
+            json.dumps([record.get("episodes"), record.get("seed")], sort_keys=True),
         )
     except FileNotFoundError:
         return None
@@ -130,8 +142,8 @@ def _at(record: Mapping, place: Sequence[str]) -> float | None:
 
 
 def mean_std(values: Sequence[float | None]) -> str:
-    """Mean and sample standard deviation, over the runs that have the value."""
-    known = [value for value in values if value is not None]
+    """Mean and sample standard deviation, over the runs that have the value and it is a number."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
     if not known:
         return "-"
     spread = f" ± {number(statistics.stdev(known))}" if len(known) > 1 else ""

@@ -14,8 +14,8 @@ from fastdreamer_kernels.rssm_observe import plan
 
 SHAPES = {
     "gru_gates": "pre (N, 3D), deter (N, D) -> (N, D) in both dtypes",
-    "sample_onehot": "logits (..., K), uniform (...) -> (..., K)",
-    "layer_norm_act": "(..., C) -> (..., C)",
+    "sample_onehot": "logits (..., K), uniform (...) -> (..., K) [beside]",
+    "layer_norm_act": "(..., C) -> (..., C) [beside]",
     "batch_norm_act": "(..., C) -> (..., C)",
     "twohot_loss": "logits (..., bins), target (...) -> (...)",
     "twohot_mean": "logits (..., bins) -> (...)",

@@ -198,9 +198,10 @@ def test_in_the_precision_of_a_gpu_losses_are_about_the_same(spaces: Spaces, los
         rounded = model_loss(agent, batch, noise)
     rounded.total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in agent.world_model.parameters())
-    for name in losses.keys() & own.keys():
+    for name in ("prototypes",) if "prototypes" in losses else LOSSES:
         # A rounded logit draws another class now and then.
-        torch.testing.assert_close(rounded.parts[name].float(), own[name], rtol=0.1, atol=0.02, msg=name)
+        least = 3e-4 if name == "bisim" else 0.02
+        torch.testing.assert_close(rounded.parts[name].float(), own[name], rtol=0.1, atol=least, msg=name)
 
 
 @pytest.mark.interpreter

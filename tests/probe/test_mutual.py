@@ -67,7 +67,10 @@ def test_only_the_coins_rows_are_scored() -> None:
     split = Split(*np.eye(3, dtype=bool)[[0, 0, 0, 0, 1, 1, 2, 2]].T, episode=np.array([0, 0, 1, 1, 2, 2, 3, 3]))
     values = torch.zeros(8, 2)
     coin = np.array([0, 1, 0, 1, 0, 1, 0, 1], bool)
-    assert mutual.mutual_information(values, values, action, coin, split, True, 0)["rows"] == 1
+    found = mutual.mutual_information(values, values, action, coin, split, True, 0)
+    assert found["rows"] == 1
+    # Of one episode.
+    assert "low" not in found
     assert mutual.mutual_information(values, values, action, coin & False, split, True, 0) == {}
 
 

@@ -55,7 +55,7 @@ def test_runs_are_probed_in_the_same_episodes(demo: Path, capsys: pytest.Capture
         "kl", "reward_error", "return_error", "ball_row", "ball_column", "paddle_column"
     }  # fmt: skip
     assert told["rollout"]["5"]["ball_row"].keys() == {"rolled", "floor", "persistence"}
-    assert told["mi"].keys() == {"nats", "low", "high", "without", "ceiling", "rows"}
+    assert told["mi"].keys() == {"nats", "without", "ceiling", "rows", "fit"}
     assert 0 < told["mi"]["rows"] < 18
     assert told["background"] == "noise"
     assert told["episodes"]["count"] == 10
@@ -68,6 +68,14 @@ def test_runs_are_probed_in_the_same_episodes(demo: Path, capsys: pytest.Capture
     assert "R2" not in capsys.readouterr().out
     assert "features" not in json.loads((demo / "probe.json").read_text())
     assert not (demo / "probe.png").exists()
+    # The coin's episodes alone, beside what was found before.
+    assert probe.main([str(demo), "--episodes", "25", "--what", "mi"]) == 0
+    out, error = capsys.readouterr()
+    assert out.startswith("I(a_{t-1}; x_t")
+    assert "actions by the coin are few" in error
+    told = json.loads((demo / "probe.json").read_text())
+    assert told.keys() >= {"rollout", "mi"}
+    assert told["mi"]["low"] <= told["mi"]["nats"] <= told["mi"]["high"]
     drawn = demo / "drawn.png"
     assert probe.main([str(demo), "--episodes", "10", "--what", " state", "--picture", str(drawn)]) == 0
     assert json.loads((demo / "probe.json").read_text()).keys() >= {"features", "controls", "rollout"}

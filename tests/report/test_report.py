@@ -316,7 +316,14 @@ def test_probes_get_a_table_and_a_damaged_one_a_sentence(tmp_path):
     assert {row["R2 qvel"] for row in rows} == {"-"}
     assert "R2 background" not in rows[0]
     assert "linear probe" in notes
-    assert "Not all runs were probed in the same episodes" in notes
+    assert "Not all runs of a task were probed in the same episodes" in notes
+    other = make_run(tmp_path, "dmc/hopper_hop", 0, [1.0])
+    (other / PROBE).write_text(json.dumps(whole | {"episodes": {"count": 7}}))
+    assert "Not all runs" not in latents_of([runs[0], other])[1]
+    (runs[1] / PROBE).write_text(json.dumps(whole | {"seed": 1}))
+    assert "Not all runs" in latents_of(runs[:2])[1]
+    (runs[1] / PROBE).write_text(json.dumps({"frames": 30, "features": probed, "mi": {"nats": "nan"}}))
+    assert [row["MI"] for row in latents_of(runs[:2])[0]] == ["0.25", "-", "0.25"]
     for damage in (b"", b"[1]", b"\xff", b'{"features": 3}', b'{"features": {"s": {"qpos": {"r2": "x"}}}}',
                    b'{"features": {"s": {"qpos": 1}}}', b'{"features": {"s": {"qpos": {"r2": [1]}}}}',
                    b'{"features": {"s": {"qpos": {"r2": 1}}}}', b'{"frames": 30, "rollout": []}',
@@ -336,7 +343,7 @@ def test_a_probe_of_an_earlier_state_or_another_background_is_in_no_mean(tmp_pat
             record = {"frames": frames, "background": shown, "features": {"s": {"qpos": {"r2": frames / 100}}}}
             (run / PROBE).write_text(json.dumps(record))
         rows, notes = latents_of(runs)
-        assert "Not all runs were probed in the same episodes" not in notes
+        assert "Not all runs" not in notes
         return [f"{row['frames']}: {row['R2 qpos']}" for row in rows], notes
 
     alike, notes = probed((30, "noise"), (30, "noise"))
@@ -357,6 +364,9 @@ def test_a_task_that_pays_rarely_says_when_it_had_paid_ten_times(tmp_path):
     returns = [0.0] * 5 + [1.0] * 12
     runs = [make_run(tmp_path, "dmc/hopper_hop", s, returns[: len(returns) - 4 * s]) for s in range(2)]
     assert [row["10th rewarded"] for row in cells(runs)[0]] == ["150", "- (8)", "-"]
+    dense = make_run(tmp_path, "dmc/walker_walk", 0, returns)
+    smooth = make_run(tmp_path, "dmc/acrobot_swingup", 0, [1e-12] * 20)
+    assert [row["10th rewarded"] for row in cells([runs[0], dense, smooth])[0]] == ["150", "-", "- (0)"]
     assert "10th rewarded" not in cells([make_run(tmp_path, "dmc/walker_run", 0, returns)])[0][0]
 
 

@@ -93,6 +93,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, beside: Tensor 
     columns, size = x.shape[-1], 0 if beside is None else beside.shape[-1]
     out = x.new_empty(*x.shape[:-1], columns + size)
     rows, t = x.numel() // columns, tile(columns, elements=2048, per_thread=16)
+    # As many rows as are held of the wider of both.
+    t = t._replace(rows=min(t.rows, tile(size, elements=2048, per_thread=16).rows))
     launch_rows(
         forward_kernel, t, x, weight, bias, x if beside is None else beside, out,
         rows=rows, columns=columns, sizes=(size,), EPS=eps, BESIDE=triton.next_power_of_2(size) if size else 0,
@@ -137,7 +139,8 @@ def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     learned = any(ctx.needs_input_grad[1:3])
     dx, sums = backward(x, weight, bias, dout.contiguous(), ctx.eps, learned)
     dweight, dbias = (sums[0].to(weight.dtype), sums[1].to(bias.dtype)) if learned else (None, None)
-    return dx, dweight, dbias, None, None if ctx.beside is None else dout[..., x.shape[-1] :].to(ctx.beside)
+    dbeside = dout[..., x.shape[-1] :].to(ctx.beside) if ctx.needs_input_grad[4] else None
+    return dx, dweight, dbias, None, dbeside
 
 
 forward.register_autograd(_backward, setup_context=_setup)

@@ -88,6 +88,8 @@ def forward(logits: Tensor, uniform: Tensor, unimix: float, beside: Tensor | Non
     rows, classes = uniform.numel(), logits.shape[-1]
     stoch, size = (1, 0) if beside is None else (logits.shape[1], beside.shape[1])
     t = tile(classes, elements=1024, per_thread=8)
+    # As many rows as are held of the wider of both.
+    t = t._replace(rows=min(t.rows, tile(cdiv(size, stoch), elements=1024, per_thread=8).rows))
     launch_rows(
         forward_kernel, t, logits, uniform, logits if beside is None else beside, out,
         rows=rows, columns=classes, sizes=(stoch, size), UNIMIX=unimix,
@@ -134,7 +136,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     (logits,) = ctx.saved_tensors
     dlogits = backward(logits, dout.contiguous(), ctx.unimix)
-    if ctx.beside is None:
+    if not ctx.needs_input_grad[3]:
         return dlogits, None, None, None
     size, dtype = ctx.beside
     return dlogits, None, None, dout[:, :size].to(dtype)
