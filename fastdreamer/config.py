@@ -481,6 +481,11 @@ class Flags:
     """File of options (YAML), such as a run's config.yaml; those on the command line win."""
     name: str | None = None
     """Name of the run's folder under --logdir, instead of task and time."""
+    run: str | None = None
+    """Folder of the run: begins it there, goes on from its last checkpoint, or does nothing where it is done. So the
+    command can be repeated until its exit code is 0."""
+    die_with_parent: bool = False
+    """Save and stop when the process that started this one dies (Linux)."""
     dry_run: bool = False
     """Build everything, print parameters, memory and one update's losses, and exit."""
     verbose: bool = False
@@ -489,11 +494,14 @@ class Flags:
 
 @dataclass(frozen=True)
 class Command:
-    """What the trainer is to do: `resume` a run folder, or start one, of a `name` perhaps."""
+    """What the trainer is to do: `resume` a run folder, or start one, of a `name` perhaps, or whatever is left to do in
+    the folder `run`."""
 
     config: Config
     resume: str | None = None
     name: str | None = None
+    run: str | None = None
+    die_with_parent: bool = False
     dry_run: bool = False
     verbose: bool = False
 
@@ -517,6 +525,7 @@ EXAMPLES = (
     "python -m fastdreamer.train --task gym/my_envs:Reach-v0 --obs vector --name reach",
     "python -m fastdreamer.train --config runs/reach/config.yaml --seed 2 --name reach-2",
     "python -m fastdreamer.train --resume latest --frames 2M",
+    "python -m fastdreamer.train --run runs/walker-0 --task dmc/walker_walk  # again and again, until it is done",
     "python -m fastdreamer.train --dry-run --task dmc/walker_walk    # what it would be and take",
 )
 
@@ -534,6 +543,9 @@ def parse_command(argv: Sequence[str], *, cuda: bool) -> tuple[Command, str]:
         raise BadInput(f"{words[0]} belongs to no option: write {mend}.")
     flags = commandline.put(Flags(), given)
     in_file, resumed = {}, None
+    for name in ("resume", "logdir", "name"):
+        if flags.run is not None and name in given:
+            raise BadInput(f"--{name} cannot go with --run, which names the run's folder and goes on by itself.")
     if flags.resume is not None:
         for name in ("preset", "objective", "task", "name", "config"):
             if name in given:
@@ -564,8 +576,18 @@ def parse_command(argv: Sequence[str], *, cuda: bool) -> tuple[Command, str]:
     if resumed is not None:
         _check_resumed(default, config)
     check(config)
+    if flags.run is not None and (Path(flags.run) / "config.yaml").exists():
+        _check_resumed(load_config(Path(flags.run)), config)
     _check_name(flags.name, Path(config.run.logdir))
-    command = Command(config, None if resumed is None else str(resumed), flags.name, flags.dry_run, flags.verbose)
+    command = Command(
+        config,
+        resume=None if resumed is None else str(resumed),
+        name=flags.name,
+        run=flags.run,
+        die_with_parent=flags.die_with_parent,
+        dry_run=flags.dry_run,
+        verbose=flags.verbose,
+    )
     return command, f"preset {config.preset} ({config.task}, size {config.size}) {why}"
 
 

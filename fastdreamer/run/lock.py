@@ -12,12 +12,16 @@ from fastdreamer.config import BadInput
 LOCK = "lock"
 
 
+class InUse(BadInput):
+    """Another process holds the folder."""
+
+
 @contextmanager
 def held(run: Path) -> Iterator[None]:
     """Holds the run's folder for this process, whose id and host the file `lock` then names.
 
-    The system lets go of it when the process ends, however it ends. Raises BadInput where another process holds it, or
-    where the folder cannot be written.
+    The system lets go of it when the process ends, however it ends. Raises InUse where another process holds it, and
+    BadInput where the folder cannot be written.
     """
     try:
         file = open(run / LOCK, "a+b")  # noqa: SIM115 - closed below
@@ -31,7 +35,7 @@ def held(run: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             holder = " ".join(file.read(200).decode(errors="replace").split()) or "another process"
-            raise BadInput(
+            raise InUse(
                 f"{run} is in use by {holder}: wait for its end or stop it first, or start a run of its own."
             ) from None
         except OSError:

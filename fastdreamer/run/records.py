@@ -56,15 +56,11 @@ def new_run(root: Path, task: str, config: dict[str, Any], name: str | None = No
     Python and of the packages that results depend on, the commit of a checkout and whether it was changed, and the
     command line. Raises BadInput where the folder cannot be written.
     """
-    import yaml
-
     name = name or f"{re.sub(r'[^A-Za-z0-9._-]+', '_', task)}-{time.strftime('%Y%m%d-%H%M%S')}"
-    record = {"format": RECORD_FORMAT, "config": config, "versions": _versions(), "git": _commit()}
-    record["command"] = shlex.join(sys.orig_argv)
     run = None
     try:
         run = _unused_folder(root, name)
-        write_whole(run / "config.yaml", yaml.safe_dump(record, sort_keys=False).encode())
+        _record_start(run, config)
     except OSError as error:
         if run is not None:
             run.rmdir()
@@ -72,6 +68,22 @@ def new_run(root: Path, task: str, config: dict[str, Any], name: str | None = No
             f"No run can be written under {root} ({error.strerror}): name a writable folder with space by --logdir."
         ) from None
     return run
+
+
+def begin(run: Path, config: dict[str, Any]) -> None:
+    """As `new_run`, in a folder that is there and holds no run."""
+    try:
+        _record_start(run, config)
+    except OSError as error:
+        raise BadInput(f"No run can be written to {run} ({error.strerror}): make it writable and free space.") from None
+
+
+def _record_start(run: Path, config: dict[str, Any]) -> None:
+    import yaml
+
+    record = {"format": RECORD_FORMAT, "config": config, "versions": _versions(), "git": _commit()}
+    record["command"] = shlex.join(sys.orig_argv)
+    write_whole(run / "config.yaml", yaml.safe_dump(record, sort_keys=False).encode())
 
 
 def record_resume(run: Path, config: dict[str, Any]) -> None:
