@@ -128,7 +128,7 @@ def forked(function: Callable[..., None], *args: Any) -> Any:
 @pytest.mark.parametrize(
     ("form", "norm"),
     [
-        ("streaming", "BatchNorm"),
+        pytest.param("streaming", "BatchNorm", marks=THOROUGH),
         ("resident", "LayerNorm"),
         pytest.param("streaming", "LayerNorm", marks=THOROUGH),
         pytest.param("resident", "BatchNorm", marks=THOROUGH),
@@ -199,8 +199,8 @@ def _arrive(counter: Tensor, target: int, all_here: Tensor, seen: Tensor) -> Non
     ("norm", "dtype"),
     [
         ("BatchNorm", torch.bfloat16),
-        ("LayerNorm", torch.float32),
-        ("running", torch.float32),
+        pytest.param("LayerNorm", torch.float32, marks=THOROUGH),
+        pytest.param("running", torch.float32, marks=THOROUGH),
         pytest.param("BatchNorm", torch.float32, marks=THOROUGH),
         pytest.param("LayerNorm", torch.bfloat16, marks=THOROUGH),
         pytest.param("running", torch.bfloat16, marks=THOROUGH),
@@ -218,8 +218,9 @@ def test_a_kernel_for_each_phase(norm: str, dtype: torch.dtype, monkeypatch: pyt
     assert set(launches) == {1, 2, 3, 4, 5}
 
 
-@pytest.mark.parametrize("norm", ["BatchNorm", pytest.param("LayerNorm", marks=THOROUGH)])
-@pytest.mark.parametrize("rows", [17, *(pytest.param(rows, marks=THOROUGH) for rows in (1, 16, 70))])
+@THOROUGH
+@pytest.mark.parametrize("norm", ["BatchNorm", "LayerNorm"])
+@pytest.mark.parametrize("rows", [1, 16, 17, 70])
 def test_any_number_of_rows(rows: int, norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a tile has: BatchNorm's statistics are still those of all of them."""
     if rows == 1 and norm == "BatchNorm":

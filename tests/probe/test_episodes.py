@@ -153,6 +153,7 @@ def test_the_truth_of_dm_control_is_its_physics(name: str, positions: int) -> No
     env.close()
 
 
+@pytest.mark.thorough
 @pytest.mark.opengl
 def test_pytorch_compiles_and_optimises_after_frames_were_rendered_in_its_process() -> None:
     code = """

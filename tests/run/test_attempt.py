@@ -181,7 +181,7 @@ def test_killed_at_any_moment_a_repeated_command_comes_to_the_same(tmp_path: Pat
     """Twenty kills -9, of the trainer or of its launcher: metrics, evaluation and weights equal those of a run that
     nobody disturbed."""
     rng, whole, killed = random.Random(0), tmp_path / "whole", tmp_path / "killed"
-    command = [*GYM, "--frames", "1500", "--checkpoint-every", "0", "--threads", "1", "--die-with-parent"]
+    command = [*GYM, "--frames", "4000", "--checkpoint-every", "0.3", "--threads", "1", "--die-with-parent"]
     assert train.main([*command, "--run", str(whole)]) == 0
     kills = 0
     for _ in range(80):
@@ -189,7 +189,7 @@ def test_killed_at_any_moment_a_repeated_command_comes_to_the_same(tmp_path: Pat
             assert launcher.stdout is not None
             pid = int(launcher.stdout.readline())
             if kills < 20:
-                time.sleep(rng.uniform(3, 9))
+                time.sleep(rng.uniform(2, 6))
                 victim = rng.choice([pid, launcher.pid])
                 if not gone(pid, within=0.2):
                     os.kill(victim, signal.SIGKILL)
@@ -198,7 +198,7 @@ def test_killed_at_any_moment_a_repeated_command_comes_to_the_same(tmp_path: Pat
         assert gone(pid, within=60)
         if (killed / attempt.DONE).exists():
             break
-    assert kills > 3
+    assert kills >= 10
     assert episodes(killed) == episodes(whole)
     assert told(killed, attempt.DONE)["returns"] == told(whole, attempt.DONE)["returns"]
     assert not differences(state_of(killed)["agent"], state_of(whole)["agent"])

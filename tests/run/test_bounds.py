@@ -107,9 +107,10 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     ("kind", "name", "call", "updates"),
-    [(Agent, "update", 6, 6), (Agent, "update", 8, 8), (envs.Environments, "recv", 18, 30),
-     (envs.Environments, "recv", 1, 0)],
-    ids=["midst of updates", "last update", "rows", "first rows"],
+    [(Agent, "update", 6, 6), (envs.Environments, "recv", 18, 30),
+     pytest.param(Agent, "update", 8, 8, marks=pytest.mark.thorough),
+     pytest.param(envs.Environments, "recv", 1, 0, marks=pytest.mark.thorough)],
+    ids=["midst of updates", "rows", "last update", "first rows"],
 )  # fmt: skip
 def test_a_turn_cut_short_is_resumed_where_it_was(
     kind: type, name: str, call: int, updates: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -64,6 +64,7 @@ def check(task: Sequence[str], combinations: Sequence[tuple[str, str, bool]]) ->
         assert np.isfinite(later).all()
 
 
+@pytest.mark.thorough
 @pytest.mark.interpreter
 def test_each_choice_trains_as_the_reference(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -83,7 +83,7 @@ def check(spaces: Spaces, config: Config, dtype: torch.dtype, device: str = "cpu
 @pytest.mark.parametrize(
     ("spaces", "objective", "dtype"),
     [
-        (BOTH, "mudreamer", torch.float32),
+        pytest.param(BOTH, "mudreamer", torch.float32, marks=pytest.mark.thorough),
         (BOTH, "mudreamer", torch.bfloat16),
         (PIXELS, "dreamerv3", torch.float32),
     ],

@@ -372,7 +372,7 @@ def test_signals_save_and_stop(number: signal.Signals, tmp_path: Path) -> None:
     assert state_of(folder)["decisions"] >= frames + 30
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.thorough)])
 def test_killed_at_any_moment_it_resumes(kills: int, tmp_path: Path) -> None:
     """By kill -9: the last checkpoint always loads, and in the end all is as if nothing had happened."""
     rng = random.Random(0)

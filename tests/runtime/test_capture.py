@@ -306,11 +306,10 @@ class _Counted(Exception):
     pass
 
 
+@THOROUGH
 @TRACES_GRADIENTS
 @pytest.mark.interpreter
-@pytest.mark.parametrize(
-    "spaces", [pytest.param(PIXELS, id="discrete"), pytest.param(BOTH, id="continuous", marks=THOROUGH)]
-)
+@pytest.mark.parametrize("spaces", [PIXELS, BOTH], ids=["discrete", "continuous"])
 def test_sequence_and_imagination_are_no_graph_of_thousands(spaces: Spaces) -> None:
     """T 64 and H 15 as in a size-S update. What Dynamo finds, and what is left to compile with backward passes; no
     weight is cast, though products are in bfloat16."""
