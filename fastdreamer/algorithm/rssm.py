@@ -87,9 +87,10 @@ class RSSM(nn.Module):
         logits = self.posterior_out(self.posterior_norm(hidden, batch_stats=batch_stats))
         return logits.unflatten(-1, (self.stoch, self.classes))
 
-    def sample(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """z (N, S, K) from logits (N, S, K) and uniforms (N, S); the gradient is straight-through."""
-        return self.ops.sample_onehot(logits, uniform.contiguous(), self.unimix)
+    def sample(self, logits: Tensor, uniform: Tensor, *, beside: Tensor | None = None) -> Tensor:
+        """z (N, S, K) from logits (N, S, K) and uniforms (N, S); the gradient is straight-through. With h_t (N, D)
+        `beside` it, s_t as the heads read it, (N, D + S*K)."""
+        return self.ops.sample_onehot(logits, uniform.contiguous(), self.unimix, beside)
 
     def observe_step(
         self,
@@ -168,5 +169,5 @@ class RSSM(nn.Module):
         """
         deter, read = self.advance(state, action, frozen=True)
         prior = self.prior(read, frozen=True)
-        features = self.ops.sample_onehot(prior, uniform.contiguous(), self.unimix, beside=deter)
+        features = self.sample(prior, uniform, beside=deter)
         return State(deter, features[:, deter.shape[-1] :].view(prior.shape)), features

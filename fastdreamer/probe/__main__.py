@@ -196,11 +196,10 @@ def probe_run(
     from fastdreamer.probe.rollout import observe, rollout
     from fastdreamer.run.parts import build_agent
 
-    real = np.arange(episodes.lengths.max()) < episodes.lengths[:, None]
     tested = np.isin(np.arange(len(episodes.source)), episodes.episode[split.test])
 
     observed = observe(agent, episodes, device, seed)
-    features, truth = observed.features(real), episodes.truth
+    features, truth = observed.features(episodes.real), episodes.truth
     if not all(bool(values.isfinite().all()) for values in features.values()):
         raise BadInput(f"{run}: the latent states of this run are not finite, so its weights are broken: leave it out.")
     found: dict[str, Any] = {}
@@ -211,7 +210,7 @@ def probe_run(
         maps = probed["s"].maps
         found["features"] = {name: each.scores for name, each in probed.items()}
         untrained = build_agent(agent.config, agent.spaces, agent.ops, device)
-        blank = observe(untrained, episodes, device, seed).features(real)
+        blank = observe(untrained, episodes, device, seed).features(episodes.real)
         found["controls"] = {
             "untrained": {name: linear.probe(values, truth, split).scores for name, values in blank.items()},
             "shuffled": {"s": linear.probe(features["s"], linear.shuffled(truth, split, seed), split).scores},
@@ -238,13 +237,10 @@ def probe_actions(
     agent: "Agent", episodes: "Episodes", split: "Split", seed: int, device: "torch.device"
 ) -> dict[str, float]:
     """What `mutual_information` says of the coin's actions, in episodes that have some."""
-    import numpy as np
-
     from fastdreamer.probe.mutual import mutual_information
     from fastdreamer.probe.rollout import observe
 
-    real = np.arange(episodes.lengths.max()) < episodes.lengths[:, None]
-    features = observe(agent, episodes, device, seed).features(real)
+    features = observe(agent, episodes, device, seed).features(episodes.real)
     return mutual_information(
         features["x"], features["s"], episodes.rows["action"], episodes.coin, split, agent.spaces.discrete, seed
     )

@@ -54,6 +54,11 @@ class Episodes:
         """int (E,): rows of each."""
         return np.bincount(self.episode)
 
+    @property
+    def real(self) -> np.ndarray:
+        """bool (E, T): what of `padded` is no padding."""
+        return np.arange(self.lengths.max()) < self.lengths[:, None]
+
     def padded(self) -> np.ndarray:
         """int (E, T): rows of each episode, its last one repeated up to the length of the longest."""
         lengths = self.lengths

@@ -1,7 +1,7 @@
 """A run that a repeated command begins, goes on with, or finds done: what `--run FOLDER` keeps in the folder.
 
 `attempts.jsonl` has a line for each attempt. `alive.json` says every few seconds which process works on the run and how
-far it is: one that is older than LOST seconds belongs to a process that is gone. `done.json` is written after the last
+far it is: one that is older than a minute belongs to a process that is gone. `done.json` is written after the last
 evaluation. A launcher need look at nothing else.
 """
 
@@ -29,8 +29,8 @@ WAIT = 60.0
 """Seconds that a command waits for the folder: a process that was told to stop saves first."""
 BUSY = os.EX_TEMPFAIL
 """Exit code where it is held for longer."""
-BEAT, LOST = 10.0, 60.0
-"""Seconds between two lines of life, and without one after which there is none."""
+BEAT = 10.0
+"""Seconds between two signs of life."""
 OWN = {lock.LOCK, DONE, ALIVE, ATTEMPTS}
 MADE = (METRICS, PRINTED, "checkpoints", "replay", "config.yaml", "events.*", "*.unfinished")
 """What an attempt leaves that came to no checkpoint."""
