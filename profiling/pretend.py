@@ -21,6 +21,8 @@ from fastdreamer.config import BadInput
 GPU = torch.device("cuda:0")
 VERSION = "2.13"
 """Of PyTorch: the only one whose questions are known, and one whose launches are counted."""
+LONGEST = 3600
+"""Seconds that a count may take: fifteen steps of size S take one minute."""
 ACTIVE = "FASTDREAMER_PRETENDED"
 """Environment variable of a process that pretends."""
 
@@ -68,7 +70,14 @@ def run(script: str, arguments: Sequence[str]) -> str:
             "TRITON_INTERPRET": "0",
         }
         command = [sys.executable, script, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        try:
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=False, timeout=LONGEST
+            )
+        except subprocess.TimeoutExpired:
+            raise BadInput(
+                f"nothing was counted within {LONGEST} seconds: try fewer steps, or a quieter machine."
+            ) from None
     if done.returncode:
         sys.stderr.write(done.stderr)
         raise BadInput("what was to be compiled for an H100 could not be: see above.")
